@@ -119,9 +119,7 @@ def claim_output(out: Path, config: Any, *, ignore: Sequence[str] = ("out", "wor
     stored = out / "config.yaml"
     if stored.is_file():
         old = yaml.safe_load(stored.read_text()) or {}
-        changed = [
-            line for line in differences(old, to_dict(config)) if line.split(":")[0].split(".")[0] not in ignore
-        ]
+        changed = [line for line in differences(old, to_dict(config)) if line.split(":")[0].split(".")[0] not in ignore]
         if changed:
             shown = "; ".join(changed[:4]) + (f"; and {len(changed) - 4} more" if len(changed) > 4 else "")
             raise UserError(

@@ -31,7 +31,9 @@ def check_torch(versions: dict[str, str | None] | None = None) -> None:
     if torch is None:
         raise UserError("torch: not installed\n  pip install -e . (or make quickstart) installs what troodon needs")
     if tuple(int(part) for part in torch.split("+")[0].split(".")[:2]) < (2, 11):
-        raise UserError(f"torch: {torch} is too old; troodon needs 2.11 or newer\n  pip install --upgrade torch torchvision")
+        raise UserError(
+            f"torch: {torch} is too old; troodon needs 2.11 or newer\n  pip install --upgrade torch torchvision"
+        )
     if "+cpu" in torch and torchvision is not None and "+cpu" not in torchvision:
         raise UserError(
             f"torch: {torch} is a CPU build beside torchvision {torchvision}, which is built for CUDA: its operators "

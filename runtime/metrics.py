@@ -1,7 +1,7 @@
 """Metrics of a run: one JSON object per line, `step` in every row, mirrored to TensorBoard."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -46,3 +46,9 @@ def read_metrics(out: Path) -> list[dict[str, float]]:
         except json.JSONDecodeError:
             break  # only the last line can be cut: the writer flushes row by row
     return rows
+
+
+def append_lines(path: Path, lines: Sequence[str]) -> None:
+    """Append lines to a log file."""
+    with path.open("a") as file:
+        file.writelines(f"{line}\n" for line in lines)

@@ -13,7 +13,9 @@ def say(text: str) -> None:
 class Progress:
     """`with Progress("decode", total=600, unit="images") as progress: progress.advance(1)`."""
 
-    def __init__(self, name: str, *, total: int, unit: str, done: int = 0, every: float = 10.0, stream: TextIO | None = None):
+    def __init__(
+        self, name: str, *, total: int, unit: str, done: int = 0, every: float = 10.0, stream: TextIO | None = None
+    ):
         """`done` of `total` were finished by an earlier run; `every` is the seconds between plain lines."""
         self.name, self.total, self.unit = name, total, unit
         self.done = self.first = done

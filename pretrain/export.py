@@ -1,0 +1,166 @@
+"""Exports: what others need to use a model (`backbone`) or to continue and distil it (`teacher`, with heads).
+
+A folder with `model.safetensors` (names `backbone.*`, `dino_head.*`, `ibot_head.*`) and `card.json`.
+"""
+
+import dataclasses
+from pathlib import Path
+from typing import Any, Literal
+
+import safetensors
+import safetensors.torch
+import torch
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+
+from runtime.config import build, to_dict
+from runtime.errors import UserError
+from runtime.files import read_json, replacing, write_json
+from runtime.seeding import key
+
+from .build import Learner, build_learner
+from .checkpoint import checkpoints, step_name
+from .config import HeadsConfig, PretrainConfig
+from .model.vit import Shape, VisionTransformer
+
+FORMAT = 1
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, as in every public DINO model
+Kind = Literal["backbone", "teacher"]
+
+
+def export_learner(
+    learner: Learner,
+    folder: Path,
+    config: PretrainConfig,
+    *,
+    step: int,
+    data: dict[str, Any],
+    metrics: dict[str, float],
+) -> Path:
+    """Write a `teacher` export. Collective when the learner is sharded; rank 0 writes."""
+    weights = get_model_state_dict(learner, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+    if weights:  # empty on all ranks but the first
+        card = {
+            "format": FORMAT,
+            "kind": "teacher",
+            "model": {**dataclasses.asdict(learner.backbone.shape), "layerscale": True},
+            "heads": dataclasses.asdict(config.heads),
+            "image_size": config.crops.global_size,
+            "mean": MEAN,
+            "std": STD,
+            "step": step,
+            "data": data,
+            "metrics": metrics,
+            "license": "",
+            "config": to_dict(config),
+        }
+        write_export(folder, weights, card)
+    return folder
+
+
+def write_export(folder: Path, weights: dict[str, Tensor], card: dict[str, Any]) -> None:
+    """Write weights and card as one folder that appears whole."""
+    with replacing(folder) as temporary:
+        temporary.mkdir(parents=True)
+        contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}
+        safetensors.torch.save_file(contiguous, temporary / "model.safetensors", metadata={"format": "pt"})
+        write_json(temporary / "card.json", card)
+
+
+def read_export(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Weights and card of an export folder. Raises UserError when it is absent, cut off or of an unknown format."""
+    if not (folder / "card.json").is_file() or not (folder / "model.safetensors").is_file():
+        raise UserError(f"model: {folder} is not an export (expected model.safetensors and card.json in it)")
+    card = read_json(folder / "card.json")
+    if card.get("format") != FORMAT:
+        raise UserError(f"model: {folder / 'card.json'} has format {card.get('format')!r}; this version reads {FORMAT}")
+    try:
+        return safetensors.torch.load_file(folder / "model.safetensors"), card
+    except safetensors.SafetensorError as error:
+        raise UserError(f"model: {folder / 'model.safetensors'} cannot be read ({error}); copy it again") from error
+
+
+def load_backbone(folder: Path | str, device: str | torch.device = "cpu") -> tuple[VisionTransformer, dict[str, Any]]:
+    """The backbone of an export in eval mode, and its card."""
+    weights, card = read_export(Path(folder))
+    backbone = VisionTransformer(shape_of(card))
+    _load(backbone, {n.removeprefix("backbone."): w for n, w in weights.items() if n.startswith("backbone.")}, folder)
+    return backbone.eval().to(device), card
+
+
+def load_teacher(folder: Path | str, device: str | torch.device = "cpu") -> tuple[Learner, dict[str, Any]]:
+    """Backbone and heads of a `teacher` export, frozen, in eval mode, and its card. UserError without heads."""
+    weights, card = read_export(Path(folder))
+    if card["kind"] != "teacher":
+        raise UserError(f"teacher: {folder} is a {card['kind']} export without heads; give one of kind teacher")
+    config = build(PretrainConfig, card["config"])
+    learner = build_learner(
+        config.model, build(HeadsConfig, card["heads"]), image_size=shape_of(card).image_size, seed=config.seed
+    )
+    _load(learner, weights, folder)
+    return learner.eval().requires_grad_(False).to(device), card
+
+
+def random_backbone(folder: Path | str, seed: int, device: str | torch.device = "cpu") -> VisionTransformer:
+    """A freshly initialised backbone of the same shape as an export's: the baseline that knows nothing."""
+    _, card = read_export(Path(folder))
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(key(seed, "random backbone") % 2**63)
+        layerscale = card["config"]["model"]["layerscale"]
+        return VisionTransformer(shape_of(card), layerscale=layerscale).eval().to(device)
+
+
+def shape_of(card: dict[str, Any]) -> Shape:
+    return Shape(**{field.name: card["model"][field.name] for field in dataclasses.fields(Shape)})
+
+
+def convert(source: Path, out: Path, kind: Kind) -> Path:
+    """Export of a run folder, one of its checkpoints, or another export, as `kind`. Raises UserError."""
+    if (source / "card.json").is_file():
+        weights, card = read_export(source)
+    else:
+        weights, card = _from_checkpoint(source)
+    if kind == "teacher" and card["kind"] != "teacher":
+        raise UserError(f"export: {source} has no heads; only --format backbone is possible")
+    if out.exists():
+        raise UserError(f"export: {out} exists already; give another folder")
+    if kind == "backbone":
+        weights = {name: tensor for name, tensor in weights.items() if name.startswith("backbone.")}
+        card = {name: value for name, value in card.items() if name != "heads"} | {"kind": "backbone"}
+    write_export(out, weights, card)
+    return out
+
+
+def _from_checkpoint(source: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Weights of the EMA teacher and a card, from a run folder (its newest checkpoint) or a checkpoint folder."""
+    from .train import restore
+
+    if (source / "config.yaml").is_file():
+        found = checkpoints(source)
+        if not found:
+            raise UserError(f"export: {source} has no checkpoint yet")
+        source = found[-1]
+    run = source.parent.parent
+    if not (source / "position.json").is_file() or not (run / "config.yaml").is_file():
+        raise UserError(f"export: {source} is no export, no run folder and no checkpoint of one")
+    learner, config, step, data = restore(source, run / "config.yaml")
+    folder = run / "exports" / step_name(step)
+    if not folder.is_dir():
+        export_learner(learner, folder, config, step=step, data={"fingerprint": data}, metrics={})
+    return read_export(folder)
+
+
+def _load(module: nn.Module, weights: dict[str, Tensor], folder: Path | str) -> None:
+    """Fill a module; every name and shape must fit. Raises UserError naming the first that does not."""
+    expected = module.state_dict()
+    missing = sorted(set(expected) - set(weights))
+    unknown = sorted(set(weights) - set(expected))
+    if missing or unknown:
+        first = f"{missing[0]} is missing" if missing else f"{unknown[0]} is unknown"
+        raise UserError(f"model: the weights in {folder} do not fit their card: {first}")
+    for name, tensor in weights.items():
+        if tensor.shape != expected[name].shape:
+            raise UserError(
+                f"model: {name} in {folder} is {list(tensor.shape)}, its card says {list(expected[name].shape)}"
+            )
+    module.load_state_dict(weights)
