@@ -48,7 +48,8 @@ def scan_tar(path: str | Path) -> tuple[list[Member], str | None]:
                         return members, f"cut off inside {entry.name} at byte {size}"
                     if entry.isreg() and not entry.issparse():
                         members.append(Member(*split_name(entry.name), entry.name, entry.offset_data, entry.size))
-                    tar.members.clear()  # tarfile remembers every header; millions of them fill the memory
+                    # tarfile remembers every header; millions of them fill the memory.
+                    tar.members.clear()  # pyright: ignore[reportAttributeAccessIssue]
                 end = tar.offset
         except tarfile.TarError as error:
             return members, f"not readable as tar: {error}"
@@ -92,7 +93,8 @@ def _refuse_compressed(path: Path, start: bytes) -> None:
     for magic, tool in tools.items():
         if start.startswith(magic):
             raise UserError(
-                f"tar: {path} is compressed, so its members cannot be read by offset\n  unpack it first: {tool} -k {path}"
+                f"tar: {path} is compressed, so its members cannot be read by offset\n"
+                f"  unpack it first: {tool} -k {path}"
             )
 
 
