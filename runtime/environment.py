@@ -1,4 +1,9 @@
-"""What this machine and this installation are: checked before any verb that needs torch, recorded in every run."""
+"""What this machine and this installation are: checked before any verb that needs torch, recorded in every run.
+
+Annotations stay text so that a Python too old can import this and be told so.
+"""
+
+from __future__ import annotations
 
 import importlib.metadata
 import os

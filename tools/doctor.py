@@ -1,0 +1,148 @@
+"""`troodon doctor`: what this machine and this installation offer, and what to do about what is wrong."""
+
+import json
+import os
+import shutil
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from runtime.environment import check_python, check_torch, describe
+from runtime.errors import EXIT_DONE, EXIT_FAILED, UserError
+from runtime.files import human_bytes
+
+
+def report(*, as_json: bool) -> int:
+    """Print the examination to stdout; 1 when something stands in the way of every verb, else 0."""
+    found = examine()
+    print(json.dumps(found, indent=1) if as_json else as_text(found))
+    return EXIT_FAILED if found["problems"] else EXIT_DONE
+
+
+def examine(versions: dict[str, str | None] | None = None) -> dict[str, Any]:
+    """Everything `doctor` says, as plain values; `versions` stands in for the installed packages in tests."""
+    about = describe()
+    if versions is not None:
+        about["packages"] = versions
+    problems = [*_complaints(check_python), *_complaints(check_torch, about["packages"])]
+    notes = []
+    found: dict[str, Any] = {
+        **about,
+        "memory": _memory(),
+        "disk_free": {str(Path.cwd()): shutil.disk_usage(Path.cwd()).free},
+        "slurm": shutil.which("sbatch") is not None,
+    }
+    if not problems:
+        found["devices"], found["precision"] = _devices()
+        found["attention"] = _attention()
+        found["faiss"] = _faiss()
+    if about["packages"].get("faiss-cpu") and about["packages"].get("faiss-gpu-cuvs"):
+        notes.append("faiss-cpu and faiss-gpu-cuvs share one folder: pip uninstall both, then install the one you want")
+    if about["packages"].get("xformers"):
+        notes.append("xformers is installed; this version of troodon does not use it")
+    return {**found, "notes": notes, "problems": problems}
+
+
+def as_text(found: dict[str, Any]) -> str:
+    """The examination for a person."""
+    packages = {name: version for name, version in found["packages"].items() if version}
+    rows = [
+        ("troodon", found["troodon"]),
+        ("python", f"{found['python']}  {sys.executable}"),
+        ("system", found["platform"]),
+        ("processor", f"{found['processor']}, {found['cores']} cores for this process"),
+        ("memory", human_bytes(found["memory"]) if found["memory"] else "unknown"),
+        *(("disk free", f"{human_bytes(free)} in {folder}") for folder, free in found["disk_free"].items()),
+    ]
+    if "devices" in found:
+        rows += [("device", f"{device['name']}  {device['detail']}") for device in found["devices"]]
+        rows += [("precision", found["precision"]["says"]), ("attention", found["attention"])]
+        rows += [("faiss", found["faiss"]["says"])]
+    rows += [
+        ("packages", ", ".join(f"{name} {version}" for name, version in packages.items())),
+        ("absent", ", ".join(name for name, version in found["packages"].items() if not version) or "nothing"),
+        (
+            "slurm",
+            "sbatch found"
+            if found["slurm"]
+            else "no sbatch here: troodon launch --cluster local works, slurm does not",
+        ),
+        *(("note", note) for note in found["notes"]),
+        *(("problem", problem) for problem in found["problems"]),
+        (
+            "verdict",
+            "troodon cannot run before the problem is solved" if found["problems"] else "ready: troodon quickstart",
+        ),
+    ]
+    return "\n".join(f"{name:<10} {text}".replace("\n", "\n" + " " * 11) for name, text in rows)
+
+
+def _complaints(check: Any, *arguments: Any) -> list[str]:
+    try:
+        check(*arguments)
+    except UserError as error:
+        return [str(error)]
+    return []
+
+
+def _memory() -> int | None:
+    """Bytes of main memory; None where the system does not say."""
+    names = getattr(os, "sysconf_names", {})
+    if "SC_PHYS_PAGES" not in names or "SC_PAGE_SIZE" not in names:
+        return None
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def _devices() -> tuple[list[dict[str, str]], dict[str, Any]]:
+    """GPUs if any, else the CPU with its measured multiplication rates."""
+    import torch
+
+    if torch.cuda.is_available():
+        cards = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
+        detail = [f"{human_bytes(card.total_memory)}, compute capability {card.major}.{card.minor}" for card in cards]
+        devices = [{"name": card.name, "detail": text} for card, text in zip(cards, detail, strict=True)]
+        bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
+        return devices, {"bfloat16": bf16, "says": "bfloat16" if bf16 else "float32 (this GPU has no bfloat16 units)"}
+    rates = {name: cpu_rate(getattr(torch, name)) for name in ("float32", "bfloat16")}
+    faster = rates["bfloat16"] > rates["float32"]
+    says = (
+        f"{'bfloat16' if faster else 'float32'} on this CPU: float32 {rates['float32']:.0f}, "
+        f"bfloat16 {rates['bfloat16']:.0f} GFLOP/s measured"
+    )
+    return [{"name": "cpu", "detail": f"{torch.get_num_threads()} threads"}], {
+        "bfloat16": faster,
+        "says": says,
+        **rates,
+    }
+
+
+def cpu_rate(dtype: Any, *, size: int = 512, repeats: int = 5) -> float:
+    """GFLOP/s of the fastest of `repeats` square products of `size` after one to warm up."""
+    import torch
+
+    a, b = (torch.ones(size, size, dtype=dtype) for _ in range(2))
+    a @ b
+    seconds = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        a @ b
+        seconds.append(time.perf_counter() - start)
+    return 2 * size**3 / min(seconds) / 1e9
+
+
+def _attention() -> str:
+    import torch
+
+    if torch.cuda.is_available():
+        return "SDPA over groups of equally long sequences (PyTorch's CUDA kernels)"
+    return "SDPA over groups of equally long sequences; in bfloat16 on a CPU written-out products, which are faster"
+
+
+def _faiss() -> dict[str, Any]:
+    import faiss
+
+    gpus = faiss.get_num_gpus()
+    build = "GPU" if hasattr(faiss, "StandardGpuResources") else "CPU"
+    says = f"{faiss.__version__}, {build} build ({faiss.get_compile_options().strip()})"
+    return {"version": faiss.__version__, "build": build.lower(), "gpus": gpus, "says": says}
