@@ -1,0 +1,47 @@
+"""What a training batch is made of: crops and masks (DINOv2 recipe; reference repository, `vitl16_short`)."""
+
+from dataclasses import dataclass
+
+from runtime.errors import UserError
+
+SMALLEST_CROP = 8  # pixels; the blur kernel reaches 4 pixels to each side
+
+
+@dataclass(frozen=True)
+class CropsConfig:
+    global_size: int = 224  # pixels, side of the two global crops
+    local_size: int = 96  # pixels, side of the local crops; 98 with patch size 14
+    num_local: int = 8  # local crops of an image; 0: global crops only
+    global_scale: tuple[float, float] = (0.32, 1.0)  # share of the image's area
+    local_scale: tuple[float, float] = (0.05, 0.32)  # share of the image's area
+
+
+@dataclass(frozen=True)
+class MaskConfig:
+    probability: float = 0.5  # share of the global crops that are masked (iBOT, Zhou et al. 2022)
+    ratio_min: float = 0.1  # smallest share of masked patches in a masked crop
+    ratio_max: float = 0.5  # largest
+
+
+def check(crops: CropsConfig, mask: MaskConfig, *, patch_size: int) -> None:
+    """Raise UserError for values that no schema can refuse, naming the key."""
+    sizes = {"crops.global_size": crops.global_size} | ({"crops.local_size": crops.local_size} if crops.num_local else {})
+    for name, size in sizes.items():
+        if size < SMALLEST_CROP:
+            raise UserError(f"{name}: found {size}; expected at least {SMALLEST_CROP} pixels")
+        if patch_size < 1 or size % patch_size:
+            below = max(size // max(patch_size, 1), 1) * patch_size
+            raise UserError(
+                f"{name}: {size} is not a multiple of model.patch_size {patch_size}; try {below} or {below + patch_size}"
+            )
+    if crops.num_local < 0:
+        raise UserError(f"crops.num_local: found {crops.num_local}; expected 0 or more")
+    for name, (low, high) in (("global_scale", crops.global_scale), ("local_scale", crops.local_scale)):
+        if not 0 < low <= high <= 1:
+            raise UserError(f"crops.{name}: found [{low}, {high}]; expected 0 < first <= second <= 1")
+    if not 0 <= mask.probability <= 1:
+        raise UserError(f"mask.probability: found {mask.probability}; expected 0 to 1")
+    if not 0 <= mask.ratio_min <= mask.ratio_max <= 1:
+        raise UserError(
+            f"mask: found ratio_min {mask.ratio_min}, ratio_max {mask.ratio_max}; expected 0 <= ratio_min <= ratio_max <= 1"
+        )
