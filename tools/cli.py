@@ -12,13 +12,13 @@ import errno
 import os
 import sys
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from runtime.environment import check_python
-from runtime.errors import EXIT_DONE, EXIT_FAILED, EXIT_RESUMABLE, EXIT_USER, Stopped, UserError
+from runtime.errors import EXIT_FAILED, EXIT_RESUMABLE, EXIT_USER, Stopped, UserError
 
-EXIT_INTERRUPTED = 130  # 128 + SIGINT, as shells have it
+from .verbs import EXIT_INTERRUPTED, add_verbs
 
 ABOUT = """\
 From a heap of raw images to a family of vision backbones: curate, pretrain, distil.
@@ -54,9 +54,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UserError as error:
         return fail(error, arguments, EXIT_USER)
     except Stopped as reason:
-        return fail(
-            f"stopped ({reason}); what is done is saved: the same command goes on from here", arguments, EXIT_RESUMABLE
-        )
+        return fail(f"stopped: {reason}; what is done stays done, the same command goes on", arguments, EXIT_RESUMABLE)
     except KeyboardInterrupt:
         return fail("interrupted; the same command goes on from the last finished part", arguments, EXIT_INTERRUPTED)
     except BrokenPipeError:
@@ -93,7 +91,7 @@ def run_verb(args: argparse.Namespace) -> int:
 
         check_torch()
     with stop_on_signals() as stop:
-        return args.verb_function(args, stop) or EXIT_DONE
+        return args.verb_function(args, stop)
 
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
@@ -119,25 +117,8 @@ def build_parser() -> Parser:
     parser.add_argument("--version", action=Version, nargs=0, help="print the version")
     verbs = parser.add_subparsers(dest="verb", metavar="VERB", required=True, title="verbs")
 
-    verb = add(verbs, "doctor", doctor, "what this machine and installation offer", "troodon doctor --json")
-    verb.add_argument("--json", action="store_true", help="one JSON object instead of text")
+    add_verbs(verbs)
     return parser
-
-
-def add(
-    verbs: Any, name: str, function: Callable[..., int | None], what: str, example: str, *, needs_torch: bool = False
-) -> argparse.ArgumentParser:
-    """A verb with its one-line description, its example and --debug."""
-    verb = verbs.add_parser(
-        name,
-        help=what,
-        description=what[0].upper() + what[1:] + ".",
-        epilog="example:\n  " + example.replace("\n", "\n  "),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    verb.add_argument("--debug", action="store_true", help="show the traceback of an error")
-    verb.set_defaults(verb_function=function, needs_torch=needs_torch)
-    return verb
 
 
 class Version(argparse.Action):
@@ -148,12 +129,6 @@ class Version(argparse.Action):
 
         print(version("troodon"))
         parser.exit()
-
-
-def doctor(args: argparse.Namespace, _: object) -> int:
-    from .doctor import report
-
-    return report(as_json=args.json)
 
 
 if __name__ == "__main__":
