@@ -207,14 +207,25 @@ def test_slurm_requeue_starts_the_same_command_again(tmp_path):
     job = start(wait_for_stop, tmp_path / "logs", cluster="slurm", hours=0.1)
     wait_for_text(job.log("out"), "ready", seconds=60)
     subprocess.run(["scontrol", "requeue", job.job_id], check=True)
-    subprocess.run(["scontrol", "update", f"JobId={job.job_id}", "StartTime=now"], check=False)
     end = time.monotonic() + 180
     while job.log("out").read_text().count("ready") < 2:
         assert time.monotonic() < end, "the job did not start again"
         time.sleep(1)
+        # SLURM keeps a requeued job waiting for two minutes; once it waits, this ends the wait.
+        subprocess.run(["scontrol", "update", f"JobId={job.job_id}", "StartTime=now"], capture_output=True, check=False)
     assert not job.ended()
     subprocess.run(["scancel", "--signal=TERM", job.job_id], check=True)
     assert follow(job, stop=StopRequest()) == EXIT_RESUMABLE
+
+
+@slurm
+@pytest.mark.slow
+def test_slurm_job_of_two_processes_is_one_group(tmp_path):
+    job = start(add_ranks, tmp_path / "logs", cluster="slurm", processes=2, hours=0.1)
+    assert follow(job, stop=StopRequest()) == 0
+    said = "".join((tmp_path / "logs" / f"{job.job_id}_{rank}_log.out").read_text() for rank in (0, 1))
+    assert "rank 0 of 2: 3" in said
+    assert "rank 1 of 2: 3" in said
 
 
 @slurm
