@@ -1,0 +1,76 @@
+"""What features say of themselves: scores that need no labels.
+
+They compare models on the same images; across different images or widths they do not. N images, D width.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def scores(features: Tensor) -> dict[str, float | None]:
+    """All scores of features [N, D], N >= 2; `alpha_req` is None where the spectrum is too short for a slope."""
+    eigenvalues = spectrum(features)
+    return {
+        "rankme": rankme(features),
+        "alpha_req": alpha_req(eigenvalues),
+        "uniformity": uniformity(features),
+        "effective_dimension": effective_dimension(eigenvalues),
+    }
+
+
+def rankme(features: Tensor, *, epsilon: float = 1e-7) -> float:
+    """exp(-sum p log p) with p_k = sigma_k / sum(sigma) + epsilon: the smooth rank, 1 to min(N, D); higher is better.
+
+    features [N, D], not centred; sigma their singular values (Garrido et al. 2023, "RankMe", sec. 3).
+    """
+    sigma = torch.linalg.svdvals(features.double())
+    if not sigma.sum():
+        return 1.0
+    p = sigma / sigma.sum() + epsilon
+    return float((-(p * p.log()).sum()).exp())
+
+
+def alpha_req(eigenvalues: Tensor) -> float | None:
+    """Slope alpha of a covariance spectrum [R], lambda_j ~ j^-alpha; best near 1 (Agrawal et al. 2022, "alpha-ReQ").
+
+    A straight line through (log j, log lambda_j), each rank weighted by 1/j so that octaves of ranks count alike. The
+    fit takes the first half of the ranks, because few images bend the far end down. None below three ranks.
+    """
+    usable = eigenvalues[eigenvalues > 1e-12 * eigenvalues[0]]
+    half = usable[: (len(usable) + 1) // 2]
+    if len(half) < 3:
+        return None
+    rank = torch.arange(1, len(half) + 1, dtype=torch.float64)
+    x, y, weight = rank.log(), half.log(), 1 / rank
+    x, y = x - (weight * x).sum() / weight.sum(), y - (weight * y).sum() / weight.sum()
+    return float(-(weight * x * y).sum() / (weight * x * x).sum())
+
+
+def uniformity(features: Tensor, *, t: float = 2.0, block: int = 1024) -> float:
+    """log mean exp(-t |x - y|^2) over all pairs on the unit sphere: 0 collapsed, near -2t spread evenly.
+
+    features [N, D] are L2-normalised here (Wang and Isola 2020, "Understanding contrastive representation learning
+    through alignment and uniformity on the hypersphere", sec. 4.1.2).
+    """
+    points = F.normalize(features.double(), dim=1)
+    total = torch.zeros((), dtype=torch.float64)
+    for start in range(0, len(points), block):
+        cosines = points[start : start + block] @ points[start:].T  # each pair once, and the rows with themselves
+        kernel = (-t * (2 - 2 * cosines).clamp(min=0)).exp()
+        total += kernel.triu(diagonal=1).sum()
+    return math.log(float(total) / (len(points) * (len(points) - 1) / 2))
+
+
+def effective_dimension(eigenvalues: Tensor) -> float:
+    """(sum lambda)^2 / sum lambda^2 of a covariance spectrum [R]: the participation ratio, 1 to R."""
+    total = float(eigenvalues.sum())
+    return total**2 / float((eigenvalues**2).sum()) if total else 1.0
+
+
+def spectrum(features: Tensor) -> Tensor:
+    """Eigenvalues of the covariance of features [N, D], largest first, float64 [min(N, D)]."""
+    centred = features.double() - features.double().mean(dim=0)
+    return torch.linalg.svdvals(centred) ** 2 / (len(features) - 1)

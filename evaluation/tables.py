@@ -1,0 +1,43 @@
+"""Results for a person: the rows of `evaluation.run` as text."""
+
+from collections.abc import Sequence
+from typing import Any
+
+Row = dict[str, Any]
+
+
+def knn_table(rows: Sequence[Row]) -> str:
+    """The rows of `evaluate_knn` for a person: accuracy in percent with its interval."""
+    first = rows[0]
+    judged = "leave-one-out" if first["leave_one_out"] else f"{first['num_test']} test"
+    head = (
+        f"k-NN on {first['data']}: {first['num_train']} train images, {judged}, {first['num_classes']} classes "
+        f"(chance {100 / first['num_classes']:.1f} %), accuracy in % [95 % interval]"
+    )
+    cells = [["model", "px", "dim"] + [f"{entry['k']}-NN" for entry in first["knn"]]]
+    for row in rows:
+        found = [f"{100 * e['accuracy']:.1f} [{100 * e['low']:.1f}, {100 * e['high']:.1f}]" for e in row["knn"]]
+        cells.append([row["model"], str(row["image_size"]), str(row["dim"]), *found])
+    return "\n".join([head, *_aligned(cells)])
+
+
+def labelfree_table(rows: Sequence[Row]) -> str:
+    """The rows of `evaluate_labelfree` for a person."""
+    head = f"label-free scores on {rows[0]['num_images']} images of {rows[0]['data']}"
+    names = ("rankme", "alpha_req", "uniformity", "effective_dimension")
+    cells = [["model", "px", "dim", *names]]
+    for row in rows:
+        found = ["-" if row[name] is None else f"{row[name]:.2f}" for name in names]
+        cells.append([row["model"], str(row["image_size"]), str(row["dim"]), *found])
+    return "\n".join([head, *_aligned(cells)])
+
+
+def _aligned(cells: Sequence[Sequence[str]]) -> list[str]:
+    """Rows of a table, first column to the left, the others to the right."""
+    widths = [max(len(row[i]) for row in cells) for i in range(len(cells[0]))]
+    return [
+        "  ".join(
+            cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True))
+        )
+        for row in cells
+    ]

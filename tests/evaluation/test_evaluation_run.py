@@ -1,0 +1,91 @@
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from evaluation.config import EvaluateConfig
+from evaluation.run import evaluate, evaluate_knn, evaluate_labelfree
+from evaluation.tables import knn_table, labelfree_table
+from runtime.errors import UserError
+
+
+def test_colour_thumbnail_on_the_embedded_set():
+    """Its README states 41 % for 10-NN on a colour thumbnail of 384 numbers; chance is 10 %."""
+    (row,) = evaluate_knn(["pixels"], "embedded:eval")
+    assert (row["num_train"], row["num_test"], row["num_classes"], row["dim"]) == (120, 100, 10, 384)
+    ten, twenty = row["knn"]
+    assert (ten["k"], twenty["k"]) == (10, 20)
+    assert ten["accuracy"] == pytest.approx(0.41, abs=0.011)
+    assert ten["low"] == pytest.approx(0.32, abs=0.015)
+    assert ten["high"] == pytest.approx(0.51, abs=0.015)
+
+
+def test_several_models_in_one_command(colours: Path, export: Path, tmp_path: Path):
+    out = tmp_path / "evaluate" / "knn.json"
+    models = {"teacher": str(export), "untrained": f"random:{export}", "pixels": "pixels"}
+    rows = evaluate_knn(models, str(colours), out, config=EvaluateConfig(k=(1, 3, 50)))
+    assert json.loads(out.read_text()) == rows
+    assert [row["model"] for row in rows] == ["teacher", "untrained", "pixels"]
+    assert [entry["k"] for entry in rows[0]["knn"]] == [1, 3, 8]
+    assert rows[2]["knn"][0]["accuracy"] == 1.0  # red and blue differ in colour
+    assert len({row["model_hash"] for row in rows}) == 3
+    assert len({row["data_hash"] for row in rows}) == 1
+    assert rows[0]["versions"]["torch"]
+    again = evaluate_knn(models, str(colours), out, config=EvaluateConfig(k=(1, 3, 50)))
+    assert again == rows
+    table = knn_table(rows)
+    assert "8 train images, 6 test, 2 classes (chance 50.0 %)" in table
+    assert "100.0 [100.0, 100.0]" in table
+    assert len({len(line) for line in table.splitlines()[1:]}) == 1
+
+
+def test_leave_one_out_and_skipped_images(colours: Path):
+    (colours / "train" / "red" / "0.png").write_bytes(b"broken")
+    (row,) = evaluate_knn(["pixels"], str(colours / "train"), config=EvaluateConfig(k=(2,)))
+    assert (row["leave_one_out"], row["num_train"], row["num_test"], row["skipped"]) == (True, 7, 7, 1)
+    assert row["knn"][0]["accuracy"] == 1.0
+    assert "leave-one-out" in knn_table([row])
+
+
+@pytest.mark.parametrize("config", [EvaluateConfig(k=()), EvaluateConfig(k=(0, 10)), EvaluateConfig(temperature=0.0)])
+def test_a_protocol_that_cannot_be(colours: Path, config: EvaluateConfig):
+    with pytest.raises(UserError, match="expected numbers above 0"):
+        evaluate_knn(["pixels"], str(colours), config=config)
+
+
+def test_labelfree_rows(colours: Path, export: Path, tmp_path: Path):
+    out = tmp_path / "labelfree.json"
+    rows = evaluate_labelfree([str(export), "pixels"], str(colours), out, config=EvaluateConfig(limit=12))
+    assert json.loads(out.read_text()) == rows
+    assert [row["num_images"] for row in rows] == [12, 12]
+    assert 1 < rows[0]["rankme"] <= 12
+    assert rows[0]["uniformity"] < 0
+    assert "label-free scores on 12 images" in labelfree_table(rows)
+    with pytest.raises(UserError, match=r"6 in .*; label-free scores need 8"):
+        evaluate_labelfree(["pixels"], str(colours / "test"))
+
+
+def test_everything_into_one_folder(colours: Path, export: Path, tmp_path: Path):
+    config = EvaluateConfig(data=str(colours), pictures=3)
+    text = evaluate([str(export), "pixels"], config, images=str(colours), out=tmp_path / "out", workers=1)
+    assert "k-NN on" in text
+    assert "label-free scores" in text
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
+        "features",
+        "knn.json",
+        "labelfree.json",
+        "pca.png",
+    ]
+    with Image.open(tmp_path / "out" / "pca.png") as picture:
+        assert picture.width == 3 * 2 * 160 + 3 * 12 - 6
+        assert len(np.unique(np.array(picture).reshape(-1, 4), axis=0)) > 20
+
+
+def test_without_labels(colours: Path, export: Path, tmp_path: Path, capsys: pytest.CaptureFixture):
+    text = evaluate([str(export)], EvaluateConfig(), images=str(colours), out=tmp_path / "out")
+    assert "k-NN" not in text
+    assert not (tmp_path / "out" / "knn.json").exists()
+    assert (tmp_path / "out" / "pca.png").is_file()
+    assert "no labels, so label-free scores only" in capsys.readouterr().err

@@ -1,0 +1,136 @@
+from pathlib import Path
+
+import pytest
+import torch
+
+from evaluation.models import load_model, weights_hash
+from pretrain.export import convert, load_backbone
+from runtime.errors import UserError
+
+
+def test_an_export_gives_its_class_token_and_patches(export: Path):
+    model = load_model(str(export))
+    images = torch.randn(2, 3, 32, 32)
+    backbone, card = load_backbone(export)
+    with torch.no_grad():
+        expected = backbone.forward_features(images)
+    assert model.size == card["image_size"] == 32
+    assert torch.equal(model(images), expected.cls)
+    patches = model.patches(images)
+    assert patches is not None
+    assert patches.shape == (2, 16, 96)
+    assert torch.equal(patches, expected.patches)
+
+
+def test_hash_is_of_what_decides_the_features(export: Path, tmp_path: Path):
+    model = load_model(str(export))
+    backbone_only = convert(export, tmp_path / "backbone", "backbone")
+    assert load_model(str(backbone_only)).hash == model.hash
+    assert load_model(str(export), size=48).hash != model.hash
+    assert load_model(f"random:{export}").hash != model.hash
+    backbone, _ = load_backbone(export)
+    before = weights_hash(backbone)
+    with torch.no_grad():
+        backbone.norm.bias[3] += 1e-6
+    assert weights_hash(backbone) != before
+
+
+def test_other_sizes_of_image(export: Path):
+    model = load_model(str(export), size=48)
+    patches = model.patches(torch.randn(1, 3, 48, 48))
+    assert patches is not None
+    assert patches.shape == (1, 36, 96)
+    with pytest.raises(UserError, match=r"50 is not a multiple of the 8 px patches .* try 48"):
+        load_model(str(export), size=50)
+
+
+def test_random_twin_is_seeded(export: Path):
+    images = torch.randn(1, 3, 32, 32)
+    one, same, other = (load_model(f"random:{export}", seed=seed) for seed in (1, 1, 2))
+    assert torch.equal(one(images), same(images))
+    assert one.hash == same.hash
+    assert not torch.allclose(one(images), other(images))
+
+
+def test_pixels_by_hand():
+    model = load_model("pixels", size=32)
+    mean, std = (torch.tensor(values)[:, None, None] for values in (model.mean, model.std))
+    picture = torch.zeros(3, 32, 32)
+    picture[0, :16] = 1.0  # upper half red
+    features = model(((picture - mean) / std)[None])[0].reshape(3, 8, 16)
+    average = 0.5 / 3
+    expected = torch.full((3, 8, 16), -average)
+    expected[0, :4] = 1 - average
+    assert torch.allclose(features, expected, atol=1e-6)
+    assert model.patches(picture[None]) is None
+
+
+def test_timm_from_a_file(tmp_path: Path):
+    import timm
+
+    torch.manual_seed(0)
+    theirs = timm.create_model("vit_tiny_patch16_224", pretrained=False).eval()
+    file = tmp_path / "weights.pth"
+    torch.save(theirs.state_dict(), file)
+    images = torch.randn(2, 3, 224, 224)
+    model = load_model(f"timm:vit_tiny_patch16_224@{file}")
+    with torch.no_grad():
+        tokens = theirs.forward_features(images)
+    assert model.size == 224
+    assert torch.allclose(model(images), tokens[:, 0], atol=1e-5)
+    patches = model.patches(images)
+    assert patches is not None
+    assert torch.allclose(patches, tokens[:, 1:], atol=1e-5)
+    assert load_model(f"timm:vit_tiny_patch16_224@{file}", size=64)(torch.randn(1, 3, 64, 64)).shape == (1, 192)
+
+
+def test_timm_without_patch_tokens(tmp_path: Path):
+    import timm
+
+    file = tmp_path / "weights.pth"
+    torch.save(timm.create_model("resnet18", pretrained=False).state_dict(), file)
+    model = load_model(f"timm:resnet18@{file}", size=64)
+    assert model(torch.randn(1, 3, 64, 64)).shape == (1, 512)
+    assert model.patches(torch.randn(1, 3, 64, 64)) is None
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        ("nowhere", "no folder nowhere"),
+        ("random:nowhere", "nowhere is not an export"),
+        ("tests/evaluation", "tests/evaluation is not an export"),
+        ("timm:vit_smal_patch16_224", "did you mean vit_small_patch16_224"),
+        ("timm:resnet18@nowhere.pth", r"no file nowhere\.pth"),
+        ("timm:", "no folder timm:"),
+    ],
+)
+def test_specs_that_name_no_model(spec: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "tests" / "evaluation").mkdir(parents=True)
+    with pytest.raises(UserError, match=message) as caught:
+        load_model(spec)
+    assert len(str(caught.value).splitlines()) <= 3
+
+
+def test_timm_file_of_another_architecture(tmp_path: Path):
+    import timm
+
+    file = tmp_path / "weights.pth"
+    torch.save(timm.create_model("resnet18", pretrained=False).state_dict(), file)
+    with pytest.raises(UserError, match="cannot be loaded") as caught:
+        load_model(f"timm:vit_tiny_patch16_224@{file}")
+    assert len(str(caught.value)) < 500
+    file.write_bytes(b"nothing")
+    with pytest.raises(UserError, match="cannot be loaded"):
+        load_model(f"timm:resnet18@{file}")
+
+
+def test_timm_without_network(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    constants = pytest.importorskip("huggingface_hub").constants
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    with pytest.raises(
+        UserError, match="without network, fetch the file elsewhere and give timm:vit_tiny_patch16_224@"
+    ):
+        load_model("timm:vit_tiny_patch16_224")
