@@ -16,12 +16,14 @@ from pretrain.config import (
     TrainConfig,
 )
 from pretrain.data.config import CropsConfig
+from pretrain.model.init import Init
 
 
 @dataclass(frozen=True)
 class StudentConfig:
     name: str  # folder of this student below `out`
     arch: Arch  # as `model.arch` in pretraining; patch size and registers are the teacher's
+    init: Init = "reference"  # start values of linear layers
     layerscale: float = 1e-5  # start value of LayerScale
 
 

@@ -8,6 +8,7 @@ from runtime.seeding import key
 
 from .config import HeadsConfig, ModelConfig, PretrainConfig
 from .model.head import Head
+from .model.init import init_linear
 from .model.vit import Shape, VisionTransformer
 
 # arch: width, depth, heads, feed-forward. S to g as DINOv2 table 17; nano to tiny for small data and tests.
@@ -60,7 +61,9 @@ def build_learner(model: ModelConfig, heads: HeadsConfig, *, image_size: int, se
         backbone = VisionTransformer(
             backbone_shape(model, image_size), drop_path=model.drop_path, layerscale=model.layerscale
         )
-        return Learner(backbone, build_head(heads, backbone.shape.dim), build_head(heads, backbone.shape.dim))
+        learner = Learner(backbone, build_head(heads, backbone.shape.dim), build_head(heads, backbone.shape.dim))
+        init_linear(learner, model.init)
+        return learner
 
 
 def build_head(heads: HeadsConfig, dim: int) -> Head:

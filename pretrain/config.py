@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from .data.config import CropsConfig, MaskConfig
+from .model.init import Init
 
 Arch = Literal["vit_nano", "vit_micro", "vit_tiny", "vit_small", "vit_base", "vit_large", "vit_giant2"]
 Device = Literal["auto", "cpu", "cuda"]
@@ -23,6 +24,7 @@ class ModelConfig:
     patch_size: int = 16  # pixels; 14 in the published models
     num_registers: int = 0  # 4 in the released `_reg` models (Darcet et al. 2023)
     drop_path: float = 0.0  # share of sequences that skip a residual branch; 0.3 (L), 0.4 (L and g from scratch)
+    init: Init = "reference"  # linear layers: 0.02 as in DINOv2, or 1/sqrt(inputs) for narrow models (model/init.py)
     layerscale: float = 1e-5  # start value of LayerScale (DINOv2 app. B); larger for runs of a few hundred steps
 
 

@@ -16,7 +16,6 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 from runtime.config import build, to_dict
 from runtime.errors import UserError
 from runtime.files import read_json, replacing, write_json
-from runtime.seeding import key
 
 from .build import Learner, build_learner
 from .checkpoint import checkpoints, step_name
@@ -104,10 +103,9 @@ def load_teacher(folder: Path | str, device: str | torch.device = "cpu") -> tupl
 def random_backbone(folder: Path | str, seed: int, device: str | torch.device = "cpu") -> VisionTransformer:
     """A freshly initialised backbone of the same shape as an export's: the baseline that knows nothing."""
     _, card = read_export(Path(folder))
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(key(seed, "random backbone") % 2**63)
-        layerscale = card["config"]["model"]["layerscale"]
-        return VisionTransformer(shape_of(card), layerscale=layerscale).eval().to(device)
+    config = build(PretrainConfig, card["config"])
+    learner = build_learner(config.model, config.heads, image_size=shape_of(card).image_size, seed=seed)
+    return learner.backbone.eval().to(device)
 
 
 def shape_of(card: dict[str, Any]) -> Shape:

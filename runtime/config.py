@@ -8,8 +8,10 @@ import dataclasses
 import difflib
 import hashlib
 import json
+import shutil
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from importlib import resources
 from pathlib import Path
 from typing import Any, TypeVar
@@ -132,6 +134,20 @@ def claim_output(out: Path, config: Any, *, ignore: Sequence[str] = ("out", "wor
     if out.is_dir() and any(out.iterdir()):
         raise UserError(f"out: {out} is not empty and holds no config.yaml of ours; give another out=...")
     write_text(stored, to_yaml(config))
+
+
+@contextmanager
+def claiming(out: Path, config: Any) -> Iterator[None]:
+    """`claim_output` for a block of work; when the user's input stops it before anything was made, no folder stays."""
+    existed = out.exists()
+    claim_output(out, config)
+    try:
+        yield
+    except UserError:
+        made = [path for path in out.rglob("*") if path.is_file()]
+        if not existed and {path.name for path in made} <= {"config.yaml", "times.json"}:
+            shutil.rmtree(out)
+        raise
 
 
 def _set(values: dict[str, Any], keys: list[str], value: Any, schema: type) -> None:

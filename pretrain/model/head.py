@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .init import init_linear
+
 
 class Prototypes(nn.Module):
     """Weight-normed linear layer d -> K with a trainable gain per prototype, as in DINOv2."""
@@ -35,10 +37,7 @@ class Head(nn.Module):
             layers += [nn.Linear(a, b), nn.GELU()]
         self.mlp = nn.Sequential(*layers[:-1])
         self.prototypes = Prototypes(bottleneck, num_prototypes)
-        for module in self.mlp:
-            if isinstance(module, nn.Linear):
-                nn.init.trunc_normal_(module.weight, std=0.02)
-                nn.init.zeros_(module.bias)
+        init_linear(self, "reference")
 
     def forward(self, x: Tensor) -> Tensor:
         """Logits [M, K] of features [M, D]."""

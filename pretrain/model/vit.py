@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .attention import Attention
+from .init import init_linear
 from .packed import PackedTokens, pack, unpack
 
 
@@ -149,7 +150,11 @@ class VisionTransformer(nn.Module):
             Block(shape, drop_path=drop_path, layerscale=layerscale) for _ in range(shape.depth)
         )
         self.norm = nn.LayerNorm(shape.dim, eps=1e-6)
-        init_weights(self)
+        nn.init.trunc_normal_(self.pos_embed, std=0.02)
+        nn.init.normal_(self.cls_token, std=1e-6)
+        if self.register_tokens is not None:
+            nn.init.normal_(self.register_tokens, std=1e-6)
+        init_linear(self, "reference")
 
     def forward(self, images: Sequence[Tensor], masks: Sequence[Tensor | None] | None = None) -> list[Features]:
         """One `Features` per batch of images [B_i, 3, H_i, W_i], all computed in one packed pass.
@@ -197,15 +202,3 @@ class VisionTransformer(nn.Module):
         grid = table.float().unflatten(1, (side, side)).permute(0, 3, 1, 2)
         grid = F.interpolate(grid, size=(height, width), mode="bicubic", antialias=True)
         return cls, grid.flatten(2).transpose(1, 2).to(table.dtype)
-
-
-def init_weights(model: VisionTransformer) -> None:
-    """Truncated normal of 0.02 for weights and positions, zero biases, as DINOv2's reference code."""
-    for module in model.modules():
-        if isinstance(module, nn.Linear):
-            nn.init.trunc_normal_(module.weight, std=0.02)
-            nn.init.zeros_(module.bias)
-    nn.init.trunc_normal_(model.pos_embed, std=0.02)
-    nn.init.normal_(model.cls_token, std=1e-6)
-    if model.register_tokens is not None:
-        nn.init.normal_(model.register_tokens, std=1e-6)

@@ -1,0 +1,181 @@
+"""The whole pipeline from one configuration: curate, pretrain, distil, evaluate, report; skips what is done."""
+
+import dataclasses
+import shutil
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from curation import run as curation
+from curation.config import CurateConfig
+from distill.config import DistillConfig
+from distill.train import distill
+from evaluation.config import EvaluateConfig
+from evaluation.run import evaluate
+from pretrain.build import describe
+from pretrain.config import PretrainConfig
+from pretrain.export import convert
+from pretrain.train import pretrain
+from runtime.config import claiming
+from runtime.errors import UserError
+from runtime.files import EMBEDDED, read_json, write_json
+from runtime.progress import clock, say
+from runtime.signals import StopRequest
+
+from .report import write_report
+
+BEFORE_EMBEDDING = ("items", "decode", "exact")
+SHARED = ("out", "seed", "device", "workers")  # given once, at the top
+
+
+@dataclass(frozen=True)
+class CurateRunConfig(CurateConfig):
+    """What `troodon curate` reads: the curation's own keys, and how its `bootstrap` embedder is trained."""
+
+    bootstrap: PretrainConfig = field(default_factory=PretrainConfig)  # used where embed.model is bootstrap
+
+
+@dataclass(frozen=True)
+class RunConfig(CurateRunConfig):
+    """What `troodon run` reads. `out`, `seed`, `device` and `workers` hold for every stage."""
+
+    pretrain: PretrainConfig = field(default_factory=PretrainConfig)
+    distill: DistillConfig = field(default_factory=DistillConfig)
+    evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
+
+
+def resolve(config: RunConfig) -> RunConfig:
+    """The config without the embedded seeds and evaluation set where the images are the user's own.
+
+    Raises UserError when a key that holds for all stages was given below one of them.
+    """
+    for name in ("bootstrap", "pretrain", "distill"):
+        group, default = getattr(config, name), type(getattr(config, name))()
+        for key in SHARED:
+            if getattr(group, key) != getattr(default, key):
+                raise UserError(f"{name}.{key}: give {key} at the top; it holds for every stage of a run")
+    if not config.source.paths:
+        raise UserError("source.paths: missing; name folders or tars of images: source.paths=[/my/images]")
+    if any(path.startswith(EMBEDDED) for path in config.source.paths):
+        return config
+    return dataclasses.replace(
+        config,
+        seeds=dataclasses.replace(config.seeds, paths=_foreign(config.seeds.paths)),
+        guard=dataclasses.replace(config.guard, paths=_foreign(config.guard.paths)),
+        evaluate=dataclasses.replace(config.evaluate, data="".join(_foreign((config.evaluate.data,)))),
+    )
+
+
+def _foreign(paths: Sequence[str]) -> tuple[str, ...]:
+    return tuple(path for path in paths if not path.startswith(EMBEDDED))
+
+
+def plan(config: RunConfig) -> list[str]:
+    """What a run would do, line by line."""
+    lines = [f"curate {', '.join(config.source.paths)} -> {config.out}/curate"]
+    if config.embed.model == "bootstrap":
+        lines.append(f"  embedder: {describe(config.bootstrap)}")
+    for what, paths in (("seeds", config.seeds.paths), ("evaluation guard", config.guard.paths)):
+        lines.append(f"  {what}: {', '.join(paths) or 'none given, stage left out'}")
+    lines.append(f"pretrain {describe(config.pretrain)}")
+    lines += [f"distil student {s.name}: {s.arch}, {config.distill.train.steps} steps" for s in config.distill.students]
+    lines.append(f"evaluate: {'k-NN on ' + config.evaluate.data if config.evaluate.data else 'label-free scores only'}")
+    return [*lines, f"report -> {config.out}/report.html"]
+
+
+def curate(config: CurateRunConfig, *, stages: Sequence[str] | None = None, stop: StopRequest | None = None) -> Path:
+    """`curation.run.curate`, with the `bootstrap` embedder trained on the raw pool before it is needed."""
+    own = CurateConfig(**{f.name: getattr(config, f.name) for f in dataclasses.fields(CurateConfig)})
+    if own.embed.model == "bootstrap" and (stages is None or "embed" in stages):
+        curation.curate(own, stages=BEFORE_EMBEDDING, stop=stop)
+        train_bootstrap(config, own, stop=stop)
+    return curation.curate(own, stages=stages, stop=stop)
+
+
+def train_bootstrap(config: CurateRunConfig, own: CurateConfig, *, stop: StopRequest | None) -> None:
+    """Train a small ViT on the decodable pool without labels, and leave it as `<out>/bootstrap/model`."""
+    folder = Path(config.out) / "bootstrap"
+    if (folder / "model" / "card.json").is_file():
+        return
+    say("bootstrap: no embedder is given, so a small ViT is trained on the raw pool first")
+    shards = curation.write_raw_shards(own, folder / "shards")
+    training = dataclasses.replace(
+        config.bootstrap,
+        out=str(folder / "train"),
+        seed=config.seed,
+        device=config.device,
+        workers=config.workers,
+        data=dataclasses.replace(config.bootstrap.data, shards=(str(shards),)),
+    )
+    convert(pretrain(training, stop=stop), folder / "model", "backbone")
+    shutil.rmtree(folder / "train" / "checkpoints")
+
+
+def run(config: RunConfig, *, stop: StopRequest | None = None) -> str:
+    """The whole pipeline in `config.out`; goes on where an earlier run stood. Returns the result tables as text.
+
+    Raises UserError, or Stopped when `stop` was set; then the same command goes on.
+    """
+    out = Path(config.out)
+    with claiming(out, config):
+        with timed(out, "curate"):
+            curate(dataclasses.replace(config, out=str(out / "curate")), stop=stop)
+        shards = str(out / "curate" / "shards")
+        with timed(out, "pretrain"):
+            teacher = pretrain(
+                dataclasses.replace(
+                    config.pretrain,
+                    out=str(out / "pretrain"),
+                    seed=config.seed,
+                    device=config.device,
+                    workers=config.workers,
+                    data=dataclasses.replace(config.pretrain.data, shards=(shards,)),
+                ),
+                stop=stop,
+            )
+        students: dict[str, Path] = {}
+        if config.distill.students:
+            with timed(out, "distill"):
+                students = distill(
+                    dataclasses.replace(
+                        config.distill,
+                        out=str(out / "distill"),
+                        seed=config.seed,
+                        device=config.device,
+                        workers=config.workers,
+                        teacher=config.distill.teacher or str(teacher),
+                        data=dataclasses.replace(config.distill.data, shards=(shards,)),
+                    ),
+                    stop=stop,
+                )
+        models = {"pretrained": str(teacher)} | {f"distilled {name}": str(path) for name, path in students.items()}
+        models |= {"random weights": f"random:{teacher}", "color thumbnail": "pixels"}
+        with timed(out, "evaluate"):
+            tables = evaluate(
+                models,
+                config.evaluate,
+                images=shards,
+                out=out / "evaluate",
+                device=config.device,
+                workers=config.workers,
+                seed=config.seed,
+            )
+        write_report(out)
+    return tables
+
+
+@contextmanager
+def timed(out: Path, stage: str) -> Iterator[None]:
+    """Announce a stage and add its seconds to `times.json`; a stage that was done already adds next to nothing."""
+    say(f"== {stage}")
+    start = time.monotonic()
+    try:
+        yield
+    finally:
+        seconds = time.monotonic() - start
+        path = out / "times.json"
+        times = read_json(path) if path.is_file() else {}
+        write_json(path, times | {stage: round(times.get(stage, 0.0) + seconds, 2)})
+    say(f"== {stage} done in {clock(seconds)}")
