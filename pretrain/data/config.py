@@ -25,14 +25,17 @@ class MaskConfig:
 
 def check(crops: CropsConfig, mask: MaskConfig, *, patch_size: int) -> None:
     """Raise UserError for values that no schema can refuse, naming the key."""
-    sizes = {"crops.global_size": crops.global_size} | ({"crops.local_size": crops.local_size} if crops.num_local else {})
+    sizes = {"crops.global_size": crops.global_size} | (
+        {"crops.local_size": crops.local_size} if crops.num_local else {}
+    )
     for name, size in sizes.items():
         if size < SMALLEST_CROP:
             raise UserError(f"{name}: found {size}; expected at least {SMALLEST_CROP} pixels")
         if patch_size < 1 or size % patch_size:
             below = max(size // max(patch_size, 1), 1) * patch_size
             raise UserError(
-                f"{name}: {size} is not a multiple of model.patch_size {patch_size}; try {below} or {below + patch_size}"
+                f"{name}: {size} is not a multiple of model.patch_size {patch_size}\n"
+                f"  try {below} or {below + patch_size}"
             )
     if crops.num_local < 0:
         raise UserError(f"crops.num_local: found {crops.num_local}; expected 0 or more")
@@ -43,5 +46,5 @@ def check(crops: CropsConfig, mask: MaskConfig, *, patch_size: int) -> None:
         raise UserError(f"mask.probability: found {mask.probability}; expected 0 to 1")
     if not 0 <= mask.ratio_min <= mask.ratio_max <= 1:
         raise UserError(
-            f"mask: found ratio_min {mask.ratio_min}, ratio_max {mask.ratio_max}; expected 0 <= ratio_min <= ratio_max <= 1"
+            f"mask: found ratios {mask.ratio_min} to {mask.ratio_max}; expected 0 <= ratio_min <= ratio_max <= 1"
         )

@@ -1,0 +1,163 @@
+"""Batches by step number: the same ones for any number of workers, and whichever step comes first.
+
+Step s of a run takes places s * batch_size and following of the endless sequence (order.py); a rank takes its
+contiguous part. Nothing here has a state, so a resumed run asks for its next step and is there.
+"""
+
+import signal
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import groupby
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from imaging.decode import Rejected, decode
+from runtime.errors import UserError
+from runtime.signals import SIGNALS
+
+from .augment import BOX_NUMBERS, cut, draw, min_side, recolor, views
+from .batch import Batch
+from .config import CropsConfig, MaskConfig, check
+from .masks import draw_masks
+from .order import samples_at
+from .shards import ShardSet
+
+ATTEMPTS = 1000  # corrupt images in a row before the run gives up
+
+
+def batches(
+    shards: ShardSet,
+    *,
+    crops: CropsConfig,
+    mask: MaskConfig,
+    seed: int,
+    batch_size: int,
+    world_rank: int = 0,
+    world_size: int = 1,
+    start_step: int,
+    num_steps: int,
+    num_workers: int,
+    patch_size: int,
+) -> Iterator[Batch]:
+    """The batches of steps start_step .. start_step + num_steps - 1 for one rank.
+
+    `batch_size` counts the images of all ranks. The crops of an image depend on seed, epoch and sample only; masks on
+    seed and step. Raises UserError for values that do not fit each other, at once, and for shards of which nothing can
+    be decoded, at the step that meets them.
+    """
+    check(crops, mask, patch_size=patch_size)
+    if batch_size < 1 or batch_size % world_size:
+        raise UserError(f"train.batch_size: {batch_size} is not a multiple of the {world_size} processes")
+    steps = Steps(shards, crops, mask, seed, batch_size, world_rank, world_size, patch_size)
+    num_workers = min(num_workers, num_steps)
+    loader = DataLoader(
+        steps,
+        batch_size=None,
+        sampler=range(start_step, start_step + num_steps),
+        num_workers=num_workers,
+        worker_init_fn=_start_worker,
+        # A forked worker starts at once and shares the index. It is safe here: workers compute on one thread, so they
+        # never wait for threads that stayed in the parent, and they leave the device alone.
+        multiprocessing_context="fork" if num_workers and sys.platform == "linux" else None,
+        generator=torch.Generator(),  # or the loader would draw from the global one, by which drop path is seeded
+    )
+    return _raise_or_yield(loader)
+
+
+@dataclass(frozen=True)
+class Steps(Dataset):
+    """The batch of each step, computed from its number."""
+
+    shards: ShardSet
+    crops: CropsConfig
+    mask: MaskConfig
+    seed: int
+    batch_size: int  # over all ranks
+    rank: int
+    world_size: int
+    patch_size: int
+
+    def __getitem__(self, step: int) -> Batch | UserError | OSError:
+        """The batch of `step`, or what went wrong: an exception that crosses a process as a value stays one line."""
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)  # crops are small; and the training process may have this many threads busy already
+        try:
+            return self.batch(step)
+        except (UserError, OSError) as error:
+            return error
+        finally:
+            torch.set_num_threads(threads)
+
+    def batch(self, step: int) -> Batch:
+        """The batch of `step` for this rank."""
+        size = self.batch_size // self.world_size
+        slots = np.arange(size) + self.rank * size  # [B] of the global batch
+        places = step * self.batch_size + slots
+        recipe = views(self.crops)
+        skipped: list[str] = []
+        samples, crops, numbers = [], [], []
+        for place, sample in zip(places.tolist(), self.samples_at(places), strict=True):
+            image, place, sample = self.decodable(place, sample, skipped)
+            drawn = draw(self.seed, place // len(self.shards), sample, num_views=len(recipe))
+            crops.append(cut(image, drawn[:, :BOX_NUMBERS], recipe))
+            numbers.append(drawn[:, BOX_NUMBERS:])
+            samples.append(sample)
+        colored = []
+        for view, alike in groupby(range(len(recipe)), key=recipe.__getitem__):
+            chosen = list(alike)
+            pixels = torch.stack([row[i] for i in chosen for row in crops])  # [views alike * B, 3, S, S]
+            colored.append(recolor(pixels, np.stack([row[i] for i in chosen for row in numbers]), view))
+        side = self.crops.local_size
+        return Batch(
+            global_crops=torch.cat(colored[:2]),
+            local_crops=torch.cat([torch.empty(0, 3, side, side), *colored[2:]]),
+            masks=self.masks(step, slots),
+            samples=torch.tensor(samples),
+            skipped=tuple(skipped),
+        )
+
+    def samples_at(self, places: np.ndarray) -> list[int]:
+        return samples_at(self.seed, places, len(self.shards)).tolist()
+
+    def decodable(self, place: int, sample: int, skipped: list[str]) -> tuple[Image.Image, int, int]:
+        """The image `sample` at `place` of the endless sequence, with its place and number.
+
+        One that cannot be decoded is named in `skipped` and replaced by the one that has its slot in the next batch,
+        and so on: so no image comes twice into one batch.
+        """
+        for _ in range(ATTEMPTS):
+            key, data = self.shards.read(sample)
+            try:
+                image, _ = decode(data, min_side=min_side(self.crops))
+                return image, place, sample
+            except Rejected as error:
+                skipped.append(f"{key}: {error.reason}")
+            place += self.batch_size
+            (sample,) = self.samples_at(np.array([place]))
+        raise UserError(f"data.shards: {ATTEMPTS} images in a row cannot be decoded, first {skipped[-ATTEMPTS]}")
+
+    def masks(self, step: int, slots: np.ndarray) -> Tensor:
+        """Masks [2 * B, N] of this rank's global crops; those of all ranks are numbered first crops, then second."""
+        side = self.crops.global_size // self.patch_size
+        numbers = np.concatenate([slots, self.batch_size + slots])
+        return draw_masks(
+            self.seed, step, num_crops=2 * self.batch_size, crops=numbers, grid=(side, side), config=self.mask
+        )
+
+
+def _raise_or_yield(loader: DataLoader) -> Iterator[Batch]:
+    for result in loader:
+        if isinstance(result, Exception):
+            raise result
+        yield result
+
+
+def _start_worker(_: int) -> None:
+    """Signals are the parent's affair: it saves, then ends the workers. Ctrl-C goes to the whole process group."""
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
