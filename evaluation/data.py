@@ -16,6 +16,7 @@ from PIL import Image
 from torch import Tensor
 
 from imaging.decode import IMAGE_EXTENSIONS, decode
+from pretrain.data.shards import ShardSet
 from runtime.errors import UserError
 from runtime.files import locate
 from runtime.seeding import generator
@@ -123,8 +124,6 @@ def open_images(source: str) -> Images:
     if paths:
         return Files(path, paths)
     if path.suffix == ".tar" or (path.is_dir() and any(path.glob("*.tar"))):
-        from pretrain.data.shards import ShardSet
-
         return ShardSet.open([source])
     raise UserError(
         f"images: no image and no tar in {_folder(source)}\n  expected files ending in {', '.join(IMAGE_EXTENSIONS)}"

@@ -142,7 +142,6 @@ def test_unlabelled_folder_without_images(tmp_path: Path):
 
 
 def test_shards_are_images_too():
-    pytest.importorskip("pretrain.data.shards")
     images = draw(open_images("embedded:pool"), 5, seed=1)
     assert len(images) == 5
     assert draw(open_images("embedded:pool"), 5, seed=1).fingerprint == images.fingerprint

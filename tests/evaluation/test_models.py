@@ -1,10 +1,12 @@
 from pathlib import Path
 
 import pytest
+import safetensors.torch
 import torch
 
 from evaluation.models import load_model, weights_hash
 from pretrain.export import convert, load_backbone
+from pretrain.model.vit import Shape, VisionTransformer
 from runtime.errors import UserError
 
 
@@ -134,3 +136,29 @@ def test_timm_without_network(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
         UserError, match="without network, fetch the file elsewhere and give timm:vit_tiny_patch16_224@"
     ):
         load_model("timm:vit_tiny_patch16_224")
+
+
+@pytest.mark.parametrize("num_registers", [0, 4])
+def test_a_file_with_dinov2_names_gives_our_features_in_timm(num_registers: int, tmp_path: Path):
+    torch.manual_seed(0)
+    shape = Shape(
+        dim=384,
+        depth=12,
+        num_heads=6,
+        patch_size=14,
+        image_size=518,
+        num_registers=num_registers,
+        ffn="mlp",
+        mlp_ratio=4.0,
+    )
+    ours = VisionTransformer(shape, layerscale=1.0).eval()
+    file = tmp_path / "dinov2.safetensors"
+    safetensors.torch.save_file(ours.state_dict(), file)
+    name = "vit_small_patch14_reg4_dinov2" if num_registers else "vit_small_patch14_dinov2"
+    model, images = load_model(f"timm:{name}@{file}", size=98), torch.randn(1, 3, 98, 98)
+    with torch.no_grad():
+        expected = ours.forward_features(images)
+    patches = model.patches(images)
+    assert patches is not None
+    assert torch.allclose(model(images), expected.cls, atol=1e-4)
+    assert torch.allclose(patches, expected.patches, atol=1e-4)
