@@ -3,10 +3,10 @@
 import torch
 from torch import nn
 
-from runtime.errors import UserError
 from runtime.seeding import key
 
 from .config import HeadsConfig, ModelConfig, PretrainConfig
+from .data.config import check
 from .model.head import Head
 from .model.init import init_linear
 from .model.vit import Shape, VisionTransformer
@@ -34,13 +34,7 @@ class Learner(nn.Module):
 
 
 def backbone_shape(model: ModelConfig, image_size: int) -> Shape:
-    """The shape of a backbone whose position table fits images of `image_size` pixels. Raises UserError."""
-    if image_size % model.patch_size:
-        near = max(image_size // model.patch_size, 1) * model.patch_size
-        raise UserError(
-            f"model.patch_size: {model.patch_size} does not divide crops.global_size {image_size}; "
-            f"try crops.global_size={near} or {near + model.patch_size}"
-        )
+    """The shape of a backbone whose position table fits images of `image_size` pixels."""
     dim, depth, num_heads, ffn = ARCHS[model.arch]
     return Shape(
         dim=dim,
@@ -77,7 +71,8 @@ def build_head(heads: HeadsConfig, dim: int) -> Head:
 
 
 def describe(config: PretrainConfig) -> str:
-    """One line on the model and a step, for plans and logs."""
+    """One line on the model and a step, for plans and logs. Raises UserError for sizes that do not fit."""
+    check(config.crops, config.mask, patch_size=config.model.patch_size)
     learner = build_learner(config.model, config.heads, image_size=config.crops.global_size, seed=config.seed)
     backbone = sum(p.numel() for p in learner.backbone.parameters())
     total = sum(p.numel() for p in learner.parameters())

@@ -84,7 +84,7 @@ def training_steps(
             row: dict[str, float] = {}
             asked = stop_asked(stop, world)
             if logged or asked:
-                row = {name: float(value) for name, value in measured.items()}
+                row = mean_over_processes(measured, world)
                 row |= {"lr": values.lr, "weight_decay": values.weight_decay, "momentum": values.momentum}
                 row |= {"temperature": values.temperature, **clock.rates(), "memory_gb": peak_memory_gb(world.device)}
                 note = (
@@ -113,6 +113,14 @@ def stop_asked(stop: StopRequest | None, world: World) -> bool:
     flag = torch.tensor(float(bool(stop)), device=world.device)
     dist.all_reduce(flag, op=dist.ReduceOp.MAX, group=world.group)
     return bool(flag)
+
+
+def mean_over_processes(measured: dict[str, torch.Tensor], world: World) -> dict[str, float]:
+    """Each value, averaged over the processes: they see equal parts of the batch."""
+    values = torch.stack([value.float() for value in measured.values()])
+    if world.group is not None:
+        dist.all_reduce(values, group=world.group)
+    return dict(zip(measured, (values / world.size).tolist(), strict=True))
 
 
 @functools.cache

@@ -18,6 +18,7 @@ from runtime.world import World, open_world
 from .build import Learner, build_learner, describe
 from .checkpoint import checkpoints, load, save, step_name
 from .config import PretrainConfig
+from .data.config import check as check_crops
 from .data.shards import ShardSet
 from .export import export_learner
 from .loop import training_steps
@@ -75,6 +76,7 @@ def train(
 
 def check(config: PretrainConfig, shards: ShardSet) -> None:
     """Raise UserError for values that no schema can refuse."""
+    check_crops(config.crops, config.mask, patch_size=config.model.patch_size)
     for name, value in (("train.steps", config.train.steps), ("train.batch_size", config.train.batch_size),
                         ("checkpoint.every", config.checkpoint.every), ("checkpoint.keep", config.checkpoint.keep),
                         ("train.log_every", config.train.log_every)):  # fmt: skip
