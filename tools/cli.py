@@ -40,7 +40,7 @@ class Parser(argparse.ArgumentParser):
         if action.choices is not None and value not in action.choices:
             words = [str(choice) for choice in action.choices]
             near = difflib.get_close_matches(str(value), words, n=1, cutoff=0.5)
-            what = "verb" if isinstance(action, argparse._SubParsersAction) else "/".join(action.option_strings)
+            what = "/".join(action.option_strings) or str(action.metavar).lower()
             hint = f"; did you mean {near[0]}?" if near else ""
             raise UserError(f"no {what} {value!r}{hint}\n  valid: {', '.join(words)}")
 

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from runtime.errors import EXIT_DONE, UserError
+from runtime.errors import EXIT_DONE, EXIT_FAILED, UserError
 
 if TYPE_CHECKING:
     from runtime.signals import StopRequest
@@ -17,6 +17,37 @@ EXIT_INTERRUPTED = 130  # 128 + SIGINT, as shells have it
 
 def add_verbs(verbs: Any) -> None:
     """Add every verb to argparse's subparsers."""
+    verb = add(
+        verbs,
+        "quickstart",
+        quickstart,
+        "run the whole pipeline on the shipped image set, in minutes; goes on where it was stopped",
+        "troodon quickstart --out runs/quickstart",
+        needs_torch=True,
+    )
+    verb.add_argument("--out", default="runs/quickstart", metavar="DIR", help="folder of the run (runs/quickstart)")
+
+    verb = add(
+        verbs,
+        "run",
+        run,
+        "curate, pretrain, distil, evaluate and report from one config; skips what is done",
+        "troodon run quickstart source.paths=[/my/images] out=runs/mine",
+        needs_torch=True,
+    )
+    takes_config(verb)
+    verb = add(
+        verbs,
+        "curate",
+        curate,
+        "turn folders and tars of images into curated WebDataset shards",
+        "troodon curate default source.paths=[/my/images] out=runs/curated\n"
+        "troodon curate default source.paths=[/my/images] out=runs/curated --stages items,decode",
+        needs_torch=True,
+    )
+    takes_config(verb)
+    verb.add_argument("--stages", metavar="a,b", help="only these stages, in their order (all)")
+
     verb = add(
         verbs,
         "pretrain",
@@ -37,6 +68,8 @@ def add_verbs(verbs: Any) -> None:
     )
     takes_config(verb)
 
+    add_evaluate(verbs)
+
     verb = add(
         verbs,
         "export",
@@ -51,6 +84,11 @@ def add_verbs(verbs: Any) -> None:
         "--format", required=True, choices=("backbone", "teacher"), help="backbone alone, or teacher with its heads"
     )
 
+    verb = add(verbs, "report", report, "write report.html of a run folder", "troodon report runs/quickstart")
+    verb.add_argument("run", metavar="RUN", help="folder of a run, of a curation or of a training")
+
+    add_shards(verbs)
+
     verb = add(
         verbs,
         "launch",
@@ -61,7 +99,9 @@ def add_verbs(verbs: Any) -> None:
     )
     takes_config(verb)
     verb.add_argument("--cluster", required=True, choices=("local", "slurm"))
-    verb.add_argument("--verb", dest="job", default="pretrain", choices=("pretrain",), help="what to run")
+    verb.add_argument(
+        "--verb", dest="job", default="run", choices=("run", "curate", "pretrain"), help="what to run (run)"
+    )
     verb.add_argument("--hours", type=float, default=24.0, help="time limit; asked to stop shortly before (24)")
     verb.add_argument("--processes", type=int, default=1, help="processes of one pretraining, all on one node (1)")
     verb.add_argument("--cpus", type=int, help="slurm: cores of each process")
@@ -77,8 +117,58 @@ def add_verbs(verbs: Any) -> None:
     verb.add_argument("--json", action="store_true", help="one JSON object instead of text")
 
 
+def add_evaluate(verbs: Any) -> None:
+    group = add(verbs, "evaluate", None, "measure models", "troodon evaluate knn --help")
+    kinds = group.add_subparsers(dest="kind", metavar="KIND", required=True)
+    models = "export folder, random:FOLDER (same shape, fresh weights), pixels (colour thumbnail) or timm:NAME"
+    knn = add(
+        kinds,
+        "knn",
+        evaluate_knn,
+        "k-NN accuracy on a labelled folder, with its interval",
+        "troodon evaluate knn runs/mine/pretrain/exports/step-00000300 pixels --data /my/labelled --json knn.json",
+        needs_torch=True,
+    )
+    free = add(
+        kinds,
+        "labelfree",
+        evaluate_labelfree,
+        "scores that need no labels: rank, spectrum and uniformity of the features",
+        "troodon evaluate labelfree runs/mine/pretrain/exports/step-00000300 --data /my/images --json scores.json",
+        needs_torch=True,
+    )
+    for verb, data in ((knn, "DIR/{train,test}/CLASS/* or DIR/CLASS/* (leave-one-out)"), (free, "images or shards")):
+        verb.add_argument("models", nargs="+", metavar="MODEL", help=models)
+        verb.add_argument("--data", required=True, metavar="DIR", help=data)
+        verb.add_argument("--json", metavar="OUT", help="also write the rows here, and keep the features beside it")
+        verb.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
+        verb.add_argument("--workers", type=int, default=2, help="processes that decode (2)")
+        verb.add_argument("--seed", type=int, default=0, help="of the interval, of what is drawn, of fresh weights (0)")
+
+
+def add_shards(verbs: Any) -> None:
+    group = add(verbs, "shards", None, "look into WebDataset tars, ours or anyone's", "troodon shards inspect --help")
+    kinds = group.add_subparsers(dest="kind", metavar="KIND", required=True)
+    verb = add(
+        kinds,
+        "inspect",
+        inspect_shards,
+        "count samples, formats and sizes of shards",
+        "troodon shards inspect runs/mine/curate/shards",
+    )
+    verb.add_argument("paths", nargs="+", metavar="PATH", help="folder of shards, or tars")
+    verb = add(
+        kinds,
+        "verify",
+        verify_shards,
+        "check shards against their manifest and index",
+        "troodon shards verify runs/mine/curate/shards",
+    )
+    verb.add_argument("folder", metavar="PATH", help="folder of shards with manifest.json")
+
+
 def add(
-    verbs: Any, name: str, function: Callable[..., int], what: str, example: str, *, needs_torch: bool = False
+    verbs: Any, name: str, function: Callable[..., int] | None, what: str, example: str, *, needs_torch: bool = False
 ) -> argparse.ArgumentParser:
     """A verb with its one-line description, its example and --debug."""
     verb = verbs.add_parser(
@@ -112,9 +202,58 @@ def schema(verb: str) -> type:
         from pretrain.config import PretrainConfig
 
         return PretrainConfig
-    from distill.config import DistillConfig
+    if verb == "distill":
+        from distill.config import DistillConfig
 
-    return DistillConfig
+        return DistillConfig
+    from .pipeline import CurateRunConfig, RunConfig
+
+    return {"curate": CurateRunConfig, "run": RunConfig}[verb]
+
+
+def quickstart(args: argparse.Namespace, stop: StopRequest) -> int:
+    """`run` on the preset, then what to do next."""
+    from runtime.progress import say
+
+    args.config, args.overrides, args.dry_run = "quickstart", [f"out={args.out}"], False
+    complete = (Path(args.out) / "report.html").is_file()
+    run(args, stop)
+    say(
+        ("it was done before: nothing was left to do\n" if complete else "")
+        + "\nnext, on your own images:\n"
+        + "  troodon run quickstart source.paths=[/my/images] out=runs/mine\n"
+        + f"  troodon evaluate knn {_newest_export(Path(args.out))} pixels --data /my/labelled\n"
+        + f"  troodon export {args.out}/pretrain --format backbone my-model"
+    )
+    return EXIT_DONE
+
+
+def _newest_export(out: Path) -> Path:
+    return max((out / "pretrain" / "exports").iterdir())
+
+
+def run(args: argparse.Namespace, stop: StopRequest) -> int:
+    from runtime.progress import say
+
+    from . import pipeline
+
+    config = pipeline.resolve(load_config("run", args))
+    if args.dry_run:
+        return show_plan(config, pipeline.plan(config))
+    print(pipeline.run(config, stop=stop), flush=True)
+    say(f"\nreport: {Path(config.out) / 'report.html'}")
+    return EXIT_DONE
+
+
+def curate(args: argparse.Namespace, stop: StopRequest) -> int:
+    from . import pipeline
+
+    config = load_config("curate", args)
+    stages = args.stages.split(",") if args.stages else None
+    if args.dry_run:
+        return show_plan(config, [f"curate {', '.join(config.source.paths)} -> {config.out}"])
+    print(pipeline.curate(config, stages=stages, stop=stop))
+    return EXIT_DONE
 
 
 def pretrain(args: argparse.Namespace, stop: StopRequest) -> int:
@@ -153,6 +292,57 @@ def export(args: argparse.Namespace, _: StopRequest) -> int:
 
     print(convert(Path(args.checkpoint), Path(args.out), args.format))
     return EXIT_DONE
+
+
+def evaluate_knn(args: argparse.Namespace, _: StopRequest) -> int:
+    from evaluation.run import evaluate_knn
+    from evaluation.tables import knn_table
+
+    print(knn_table(evaluate_knn(args.models, args.data, _json_path(args), **_settings(args))))
+    return EXIT_DONE
+
+
+def evaluate_labelfree(args: argparse.Namespace, _: StopRequest) -> int:
+    from evaluation.run import evaluate_labelfree
+    from evaluation.tables import labelfree_table
+
+    print(labelfree_table(evaluate_labelfree(args.models, args.data, _json_path(args), **_settings(args))))
+    return EXIT_DONE
+
+
+def _json_path(args: argparse.Namespace) -> Path | None:
+    return Path(args.json) if args.json else None
+
+
+def _settings(args: argparse.Namespace) -> dict[str, Any]:
+    return {"device": args.device, "workers": args.workers, "seed": args.seed}
+
+
+def report(args: argparse.Namespace, _: StopRequest) -> int:
+    from .report import write_report
+
+    print(write_report(Path(args.run)))
+    return EXIT_DONE
+
+
+def inspect_shards(args: argparse.Namespace, _: StopRequest) -> int:
+    import json
+
+    from curation.shards import inspect_shards
+
+    print(json.dumps(inspect_shards(args.paths), indent=1))
+    return EXIT_DONE
+
+
+def verify_shards(args: argparse.Namespace, _: StopRequest) -> int:
+    from curation.shards import verify_shards
+    from runtime.progress import say
+
+    problems = verify_shards(Path(args.folder))
+    for problem in problems:
+        print(problem)
+    say(f"{len(problems)} problems" if problems else "all as its manifest says")
+    return EXIT_FAILED if problems else EXIT_DONE
 
 
 def launch(args: argparse.Namespace, stop: StopRequest) -> int:
