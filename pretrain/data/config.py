@@ -25,20 +25,20 @@ class MaskConfig:
 
 def check(crops: CropsConfig, mask: MaskConfig, *, patch_size: int) -> None:
     """Raise UserError for values that no schema can refuse, naming the key."""
-    sizes = {"crops.global_size": crops.global_size} | (
-        {"crops.local_size": crops.local_size} if crops.num_local else {}
-    )
-    for name, size in sizes.items():
+    if patch_size < 1:
+        raise UserError(f"model.patch_size: found {patch_size}; expected 1 or more")
+    if crops.num_local < 0:
+        raise UserError(f"crops.num_local: found {crops.num_local}; expected 0 or more")
+    sizes = [("crops.global_size", crops.global_size), ("crops.local_size", crops.local_size)]
+    for name, size in sizes if crops.num_local else sizes[:1]:
         if size < SMALLEST_CROP:
             raise UserError(f"{name}: found {size}; expected at least {SMALLEST_CROP} pixels")
-        if patch_size < 1 or size % patch_size:
-            below = max(size // max(patch_size, 1), 1) * patch_size
+        if size % patch_size:
+            below = max(size // patch_size, 1) * patch_size
             raise UserError(
                 f"{name}: {size} is not a multiple of model.patch_size {patch_size}\n"
                 f"  try {below} or {below + patch_size}"
             )
-    if crops.num_local < 0:
-        raise UserError(f"crops.num_local: found {crops.num_local}; expected 0 or more")
     for name, (low, high) in (("global_scale", crops.global_scale), ("local_scale", crops.local_scale)):
         if not 0 < low <= high <= 1:
             raise UserError(f"crops.{name}: found [{low}, {high}]; expected 0 < first <= second <= 1")

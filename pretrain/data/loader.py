@@ -6,6 +6,7 @@ contiguous part. Nothing here has a state, so a resumed run asks for its next st
 
 import signal
 import sys
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import groupby
@@ -55,17 +56,19 @@ def batches(
         raise UserError(f"train.batch_size: {batch_size} is not a multiple of the {world_size} processes")
     steps = Steps(shards, crops, mask, seed, batch_size, world_rank, world_size, patch_size)
     num_workers = min(num_workers, num_steps)
-    loader = DataLoader(
-        steps,
-        batch_size=None,
-        sampler=range(start_step, start_step + num_steps),
-        num_workers=num_workers,
-        worker_init_fn=_start_worker,
-        # A forked worker starts at once and shares the index. It is safe here: workers compute on one thread, so they
-        # never wait for threads that stayed in the parent, and they leave the device alone.
-        multiprocessing_context="fork" if num_workers and sys.platform == "linux" else None,
-        generator=torch.Generator(),  # or the loader would draw from the global one, by which drop path is seeded
-    )
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "This DataLoader will create .* worker processes")  # on a shared machine
+        loader = DataLoader(
+            steps,
+            batch_size=None,
+            sampler=range(start_step, start_step + num_steps),
+            num_workers=num_workers,
+            worker_init_fn=_start_worker,
+            # A forked worker starts at once and shares the index. It is safe here: workers compute on one thread, so
+            # they never wait for threads that stayed in the parent, and they leave the device alone.
+            multiprocessing_context="fork" if num_workers and sys.platform == "linux" else None,
+            generator=torch.Generator(),  # or the loader would draw from the global one, by which drop path is seeded
+        )
     return _raise_or_yield(loader)
 
 

@@ -117,8 +117,9 @@ def _read_index(path: Path, index: Path) -> pa.Table:
     try:
         table = pq.read_table(index, columns=["key", "extension", "offset", "length"])
     except (pa.ArrowInvalid, OSError) as error:
+        found = str(error).splitlines()[0]
         raise UserError(
-            f"data.shards: {index} is no index of ours: {str(error).splitlines()[0]}\n  remove it: the tar is scanned then"
+            f"data.shards: {index} is no index of ours: {found}\n  remove it: the tar is scanned then"
         ) from error
     size = path.stat().st_size
     end = max((table["offset"].to_numpy() + table["length"].to_numpy()).tolist(), default=0)
