@@ -14,3 +14,4 @@ class EvaluateConfig:
         25_600  # images that label-free scores are computed on, drawn by seed; as many as RankMe's authors take
     )
     pictures: int = 8  # images in the picture of patch tokens
+    picture_size: int | None = None  # pixels of those images; more gives a finer grid of patches; none: `image_size`

@@ -123,10 +123,11 @@ def open_images(source: str) -> Images:
     paths = _image_files(path) if path.is_dir() else ()
     if paths:
         return Files(path, paths)
-    if path.suffix == ".tar" or (path.is_dir() and any(path.glob("*.tar"))):
+    if path.suffix == ".tar" or any(path.glob("*.tar")):
         return ShardSet.open([source])
+    _folder(source)
     raise UserError(
-        f"images: no image and no tar in {_folder(source)}\n  expected files ending in {', '.join(IMAGE_EXTENSIONS)}"
+        f"images: no image and no tar in {source}\n  expected files ending in {', '.join(IMAGE_EXTENSIONS)}"
     )
 
 

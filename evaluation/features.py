@@ -70,10 +70,12 @@ def _compute(extractor: Extractor, images: Images, batch_size: int, workers: int
 def decoded(
     extractor: Extractor, images: Images, *, batch_size: int, workers: int
 ) -> Iterator[list[tuple[int, Tensor | str]]]:
-    """Batches of (index, view [3, H, W] or "name: reason"), in order, decoded one batch ahead of the model."""
+    """Batches of (index, view [3, H, W] or "name: reason"), in order, decoded one batch ahead of the model.
 
-    def view(index: int) -> tuple[int, Tensor | str]:
-        name, data = images.read(index)
+    This thread reads, because open shards are not shared between threads; the others decode.
+    """
+
+    def view(index: int, name: str, data: bytes) -> tuple[int, Tensor | str]:
         try:
             image = centre_crop(data, size=extractor.size, coverage=extractor.coverage)
         except Rejected as error:
@@ -83,7 +85,9 @@ def decoded(
     ahead: deque[list[Future[tuple[int, Tensor | str]]]] = deque()
     with ThreadPoolExecutor(max(workers, 1)) as pool:
         for start in range(0, len(images), batch_size):
-            ahead.append([pool.submit(view, i) for i in range(start, min(start + batch_size, len(images)))])
+            ahead.append(
+                [pool.submit(view, i, *images.read(i)) for i in range(start, min(start + batch_size, len(images)))]
+            )
             if len(ahead) == 2:
                 yield [future.result() for future in ahead.popleft()]
         while ahead:

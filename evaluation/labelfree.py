@@ -55,13 +55,17 @@ def uniformity(features: Tensor, *, t: float = 2.0, block: int = 1024) -> float:
     features [N, D] are L2-normalised here (Wang and Isola 2020, "Understanding contrastive representation learning
     through alignment and uniformity on the hypersphere", sec. 4.1.2).
     """
-    points = F.normalize(features.double(), dim=1)
-    total = torch.zeros((), dtype=torch.float64)
+    points = F.normalize(features.float(), dim=1)
+
+    def kernel(cosines: Tensor) -> Tensor:
+        return (2 * t * (cosines - 1)).clamp_(max=0).exp_()  # |x - y|^2 = 2 - 2 cosine
+
+    total = 0.0
     for start in range(0, len(points), block):
-        cosines = points[start : start + block] @ points[start:].T  # each pair once, and the rows with themselves
-        kernel = (-t * (2 - 2 * cosines).clamp(min=0)).exp()
-        total += kernel.triu(diagonal=1).sum()
-    return math.log(float(total) / (len(points) * (len(points) - 1) / 2))
+        rows, later = points[start : start + block], points[start + block :]
+        total += float(kernel(rows @ rows.T).triu(diagonal=1).sum(dtype=torch.float64))
+        total += float(kernel(rows @ later.T).sum(dtype=torch.float64))
+    return math.log(total / (len(points) * (len(points) - 1) / 2))
 
 
 def effective_dimension(eigenvalues: Tensor) -> float:

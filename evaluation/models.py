@@ -18,10 +18,9 @@ import torch.nn.functional as F
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from pretrain.export import load_backbone, random_backbone
+from pretrain.export import MEAN, STD, load_backbone, random_backbone
 from runtime.errors import UserError
 
-MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet
 COVERAGE = 224 / 256  # share of the short side that models see: resize to 256, crop 224 (DINOv2's evaluation)
 THUMBNAIL = (8, 16)  # rows, columns; x 3 colours = 384 numbers, the width of a ViT-S
 

@@ -100,7 +100,7 @@ def _photo(view: Tensor, extractor: Extractor) -> Image.Image:
 
 def _sheet(photos: Sequence[Image.Image], maps: Sequence[Image.Image], columns: int) -> Image.Image:
     """Pairs (photo, map) in rows of `columns` pairs on a transparent ground."""
-    side = photos[0].width * max(1, round(CELL / photos[0].width))
+    side = photos[0].width * -(-CELL // photos[0].width)
     columns = min(columns, len(photos))
     rows = -(-len(photos) // columns)
     pair = 2 * side + 2 * GAP

@@ -11,12 +11,13 @@ import torch
 from torch import Tensor, nn
 
 from imaging.decode import Rejected
+from pretrain.export import MEAN, STD
 from runtime.progress import say
 
 from .data import Images, centre_crop, open_labelled
 from .knn import knn_accuracy
 from .labelfree import rankme
-from .models import COVERAGE, MEAN, STD
+from .models import COVERAGE
 
 Probe = Callable[[nn.Module], dict[str, float]]
 

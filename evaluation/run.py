@@ -23,7 +23,7 @@ from .pictures import patch_pca
 from .tables import Row, knn_table, labelfree_table
 
 Models = Sequence[str] | Mapping[str, str]  # specs of `load_model`, or what to call them -> spec
-LEAST_IMAGES = 8  # below this a spectrum says nothing
+LEAST_IMAGES = 2  # uniformity is over pairs
 
 
 def evaluate(
@@ -48,8 +48,9 @@ def evaluate(
     else:
         say("evaluate.data is empty: no labels, so label-free scores only")
     tables.append(labelfree_table(evaluate_labelfree(models, images, out / "labelfree.json", **settings)))
-    first = next(_extractors(models, config, device, seed))[1]
-    picture = patch_pca(first, draw(open_images(config.data or images), config.pictures, seed), workers=workers)
+    spec = next(iter(_named(models).values()))
+    model = load_model(spec, device=choose_device(device), size=config.picture_size or config.image_size, seed=seed)
+    picture = patch_pca(model, draw(open_images(config.data or images), config.pictures, seed), workers=workers)
     with replacing(out / "pca.png") as temporary:
         picture.save(temporary, format="PNG")
     return "\n\n".join(tables)
@@ -138,8 +139,13 @@ def evaluate_labelfree(
 def _extractors(models: Models, config: EvaluateConfig, device: str, seed: int) -> Iterator[tuple[str, Extractor]]:
     """Each model with its name, one in memory at a time."""
     chosen = choose_device(device)
-    for label, spec in (models if isinstance(models, Mapping) else {spec: spec for spec in models}).items():
+    for label, spec in _named(models).items():
         yield label, load_model(spec, device=chosen, size=config.image_size, seed=seed)
+
+
+def _named(models: Models) -> Mapping[str, str]:
+    """Name -> spec; a spec without a name is its own."""
+    return models if isinstance(models, Mapping) else {spec: spec for spec in models}
 
 
 def _row(label: str, model: Extractor, data: str, data_hash: str) -> Row:

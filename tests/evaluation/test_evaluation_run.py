@@ -63,12 +63,14 @@ def test_labelfree_rows(colours: Path, export: Path, tmp_path: Path):
     assert 1 < rows[0]["rankme"] <= 12
     assert rows[0]["uniformity"] < 0
     assert "label-free scores on 12 images" in labelfree_table(rows)
-    with pytest.raises(UserError, match=r"6 in .*; label-free scores need 8"):
+    for path in sorted((colours / "test").rglob("*.png"))[1:]:
+        path.write_bytes(b"broken")
+    with pytest.raises(UserError, match=r"1 in .*; label-free scores need 2"):
         evaluate_labelfree(["pixels"], str(colours / "test"))
 
 
 def test_everything_into_one_folder(colours: Path, export: Path, tmp_path: Path):
-    config = EvaluateConfig(data=str(colours), pictures=3)
+    config = EvaluateConfig(data=str(colours), pictures=3, picture_size=96)
     text = evaluate([str(export), "pixels"], config, images=str(colours), out=tmp_path / "out", workers=1)
     assert "k-NN on" in text
     assert "label-free scores" in text
@@ -79,7 +81,7 @@ def test_everything_into_one_folder(colours: Path, export: Path, tmp_path: Path)
         "pca.png",
     ]
     with Image.open(tmp_path / "out" / "pca.png") as picture:
-        assert picture.width == 3 * 2 * 160 + 3 * 12 - 6
+        assert picture.width == 3 * 2 * 192 + 3 * 12 - 6  # 96 px enlarged twice
         assert len(np.unique(np.array(picture).reshape(-1, 4), axis=0)) > 20
 
 

@@ -72,7 +72,7 @@ def slow_uniformity(features: np.ndarray, t: float) -> float:
 @pytest.mark.parametrize("block", [1, 7, 1024])
 def test_uniformity_equals_the_slow_loop(block: int):
     features = gaussian(25, 6) + 0.5
-    assert uniformity(features, block=block) == pytest.approx(slow_uniformity(features.numpy(), 2.0), rel=1e-9)
+    assert uniformity(features, block=block) == pytest.approx(slow_uniformity(features.numpy(), 2.0), rel=1e-5)
 
 
 def test_uniformity_by_hand():
