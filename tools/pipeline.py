@@ -13,11 +13,12 @@ from curation.config import CurateConfig
 from distill.config import DistillConfig
 from distill.train import distill
 from evaluation.config import EvaluateConfig
+from evaluation.probe import hook, knn_probe
 from evaluation.run import evaluate
 from pretrain.build import describe
 from pretrain.config import PretrainConfig
 from pretrain.export import convert
-from pretrain.train import pretrain
+from pretrain.train import Hook, pretrain
 from runtime.config import claiming
 from runtime.errors import UserError
 from runtime.files import EMBEDDED, read_json, write_json
@@ -133,6 +134,7 @@ def run(config: RunConfig, *, stop: StopRequest | None = None) -> str:
                     workers=config.workers,
                     data=dataclasses.replace(config.pretrain.data, shards=(shards,)),
                 ),
+                hooks=probes(config, config.pretrain.crops.global_size),
                 stop=stop,
             )
         students: dict[str, Path] = {}
@@ -148,6 +150,7 @@ def run(config: RunConfig, *, stop: StopRequest | None = None) -> str:
                         teacher=config.distill.teacher or str(teacher),
                         data=dataclasses.replace(config.distill.data, shards=(shards,)),
                     ),
+                    hooks=probes(config, config.distill.crops.global_size),
                     stop=stop,
                 )
         models = {"pretrained": str(teacher)} | {f"distilled {name}": str(path) for name, path in students.items()}
@@ -164,6 +167,11 @@ def run(config: RunConfig, *, stop: StopRequest | None = None) -> str:
             )
         write_report(out)
     return tables
+
+
+def probes(config: RunConfig, image_size: int) -> list[Hook]:
+    """k-NN accuracy of the EMA teacher at every checkpoint, where there is a labelled set."""
+    return [hook(knn_probe(config.evaluate.data, image_size=image_size))] if config.evaluate.data else []
 
 
 @contextmanager
