@@ -11,8 +11,9 @@ from .model.head import Head
 from .model.init import init_linear
 from .model.vit import Shape, VisionTransformer
 
-# arch: width, depth, heads, feed-forward. S to g as DINOv2 table 17; nano to tiny for small data and tests.
+# arch: width, depth, heads, feed-forward. S to g as DINOv2 table 17; pico to tiny for small data and tests.
 ARCHS = {
+    "vit_pico": (48, 4, 3, "mlp"),
     "vit_nano": (96, 4, 3, "mlp"),
     "vit_micro": (128, 6, 4, "mlp"),
     "vit_tiny": (192, 12, 3, "mlp"),

@@ -9,7 +9,7 @@ from typing import Literal
 from .data.config import CropsConfig, MaskConfig
 from .model.init import Init
 
-Arch = Literal["vit_nano", "vit_micro", "vit_tiny", "vit_small", "vit_base", "vit_large", "vit_giant2"]
+Arch = Literal["vit_pico", "vit_nano", "vit_micro", "vit_tiny", "vit_small", "vit_base", "vit_large", "vit_giant2"]
 Device = Literal["auto", "cpu", "cuda"]
 
 
