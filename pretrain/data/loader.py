@@ -69,7 +69,8 @@ def batches(
             multiprocessing_context="fork" if num_workers and sys.platform == "linux" else None,
             generator=torch.Generator(),  # or the loader would draw from the global one, by which drop path is seeded
         )
-    return _raise_or_yield(loader)
+        results = iter(loader)  # starts the workers
+    return _raise_or_yield(results)
 
 
 @dataclass(frozen=True)
@@ -153,8 +154,8 @@ class Steps(Dataset):
         )
 
 
-def _raise_or_yield(loader: DataLoader) -> Iterator[Batch]:
-    for result in loader:
+def _raise_or_yield(results: Iterator[Batch | Exception]) -> Iterator[Batch]:
+    for result in results:
         if isinstance(result, Exception):
             raise result
         yield result
