@@ -4,8 +4,8 @@ import math
 from collections.abc import Sequence
 from html import escape
 
-WIDTH, HEIGHT = 480, 210  # view box; the page scales it
-LEFT, RIGHT, TOP, BOTTOM = 54, 12, 12, 28  # margins of the plot area
+WIDTH, HEIGHT = 320, 160  # view box; the page scales it
+LEFT, RIGHT, TOP, BOTTOM = 40, 6, 10, 22  # margins of the plot area
 
 
 def line_chart(steps: Sequence[float], values: Sequence[float], *, title: str) -> str:
@@ -19,13 +19,13 @@ def line_chart(steps: Sequence[float], values: Sequence[float], *, title: str) -
     up = _scale(ticks[0], ticks[-1], HEIGHT - BOTTOM, TOP)
     grid = "".join(
         f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{up(tick):.1f}" y2="{up(tick):.1f}"/>'
-        f'<text x="{LEFT - 8}" y="{up(tick) + 4:.1f}" text-anchor="end">{number(tick)}</text>'
+        f'<text x="{LEFT - 6}" y="{up(tick) + 4:.1f}" text-anchor="end">{number(tick)}</text>'
         for tick in ticks
     )
     path = " ".join(f"{across(x):.1f},{up(y):.1f}" for x, y in points)
     ends = (
-        f'<text x="{LEFT}" y="{HEIGHT - 8}">{number(xs[0])}</text>'
-        f'<text x="{WIDTH - RIGHT}" y="{HEIGHT - 8}" text-anchor="end">step {number(xs[-1])}</text>'
+        f'<text x="{LEFT}" y="{HEIGHT - 5}">{number(xs[0])}</text>'
+        f'<text x="{WIDTH - RIGHT}" y="{HEIGHT - 5}" text-anchor="end">step {number(xs[-1])}</text>'
     )
     dot = f'<circle class="curve-end" cx="{across(xs[-1]):.1f}" cy="{up(ys[-1]):.1f}" r="3.5"/>'
     return (

@@ -1,0 +1,115 @@
+"""A run folder in its documented files, made from the embedded images and their truth: nothing is trained for it."""
+
+import csv
+import json
+import math
+from pathlib import Path
+
+import pyarrow as pa
+import pytest
+from PIL import Image
+
+from runtime.files import locate, write_json, write_table, write_text
+from runtime.tars import scan_tar
+
+COLUMNS = ("item_id", "source", "key", "fate", "reason", "witness_id", "witness_source", "cosine", "group_id",
+           "seed_set", "rank", "cluster_id", "shard", "width", "height")  # fmt: skip
+
+
+def truth(name: str) -> list[dict[str, str]]:
+    return list(csv.DictReader(locate(f"embedded:truth/{name}.csv").open()))
+
+
+def manifest_rows() -> list[dict]:
+    """One row per image of the pool and per odd file; decided as the truth files say."""
+    rows = {}
+    for tar in ("pool/quick-0000.tar", "pool/quick-0001.tar"):
+        for member in scan_tar(locate(f"embedded:{tar}"))[0]:
+            if member.extension == "jpg":
+                rows[member.key] = dict.fromkeys(COLUMNS) | {
+                    "item_id": f"{member.key:0>32}", "source": f"embedded:{tar}", "key": member.key, "fate": "kept",
+                    "width": 80, "height": 80, "shard": "train-000000.tar",
+                }  # fmt: skip
+    for index, row in enumerate(rows.values()):
+        if index % 5 == 0:
+            row.update(fate="not_selected", reason="not near a seed", shard=None)
+    bases = {row["group"]: row["key"] for row in truth("duplicates") if row["is_base"] == "1"}
+    for copy in truth("duplicates"):
+        if copy["is_base"] == "0" and copy["group"] in bases:
+            rows[bases[copy["group"]]].update(fate="kept", shard="train-000000.tar")
+            rows[copy["key"]].update(
+                fate="duplicate", reason="embedding", witness_id=rows[bases[copy["group"]]]["item_id"],
+                cosine=float(copy["thumb_similarity"]), group_id=int(copy["group"][1:]), shard=None,
+            )  # fmt: skip
+    for leak in truth("leaks"):
+        rows[leak["key"]].update(
+            fate="leak", reason="guard", witness_id=leak["eval_file"].replace("/", "_"), group_id=None,
+            witness_source=f"embedded:{leak['eval_file']}", cosine=float(leak["thumb_similarity"]), shard=None,
+        )  # fmt: skip
+    odd = [row for row in csv.DictReader(locate("embedded:corrupt/truth.csv").open()) if row["reason"]]
+    rejected = [
+        dict.fromkeys(COLUMNS) | {
+            "item_id": f"odd-{row['file']}", "source": f"embedded:corrupt/files/{row['file']}", "key": row["file"],
+            "fate": "rejected", "reason": row["reason"],
+        }
+        for row in odd
+    ]  # fmt: skip
+    return [*rows.values(), *rejected]
+
+
+def make_training(folder: Path, *, arch: str, steps: int) -> None:
+    config = {
+        "model": {"arch": arch, "patch_size": 8},
+        "train": {"steps": steps, "batch_size": 64},
+        "crops": {"global_size": 64, "local_size": 32, "num_local": 4},
+    }
+    write_text(folder / "config.yaml", json.dumps(config))
+    rows = []
+    for step in range(10, steps + 1, 10):
+        fall = math.exp(-step / 90)
+        rows.append({"step": step, "loss": 9 + 4 * fall + 0.1 * math.sin(step), "dino": 4.5 + 2 * fall,
+                     "ibot": 4.4 + 2 * fall, "koleo": 0.4 + fall, "lr": 1e-3 * math.sin(step / steps * 3.1),
+                     "rank": 40 - 20 * fall, "images_per_second": 40.0})  # fmt: skip
+    rows[-1]["knn"], rows[len(rows) // 2]["knn"] = 0.53, 0.44
+    write_text(folder / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+    write_json(folder / "environment.json", {"python": "3.12.0", "packages": {"torch": "2.15.0"}})
+
+
+def make_run(folder: Path, *, name: str = "example") -> Path:
+    """A whole run of `troodon run`, its report left out."""
+    run = folder / name
+    rows = manifest_rows()
+    write_table(run / "curate" / "manifest.parquet", pa.table({c: [row[c] for row in rows] for c in COLUMNS}))
+    write_json(run / "curate" / "summary.json", {"version": 1, "config_hash": "0123456789abcdef"})
+    write_text(run / "config.yaml", "out: runs/example\nseed: 0\ndedup:\n  threshold: 0.6\n")
+    write_json(run / "times.json", {"curate": 61.2, "pretrain": 151.0, "distill": 40.4, "evaluate": 9.8})
+    make_training(run / "pretrain", arch="vit_micro", steps=300)
+    make_training(run / "distill" / "small", arch="vit_nano", steps=150)
+    (run / "pretrain" / "exports" / "step-00000300").mkdir(parents=True)
+    write_json(run / "evaluate" / "knn.json", [
+        knn_row(name, spec, *accuracy) for name, spec, *accuracy in (
+            ("pretrained", "runs/example/pretrain/exports/step-00000300", 0.53, 0.43, 0.63),
+            ("distilled small", "runs/example/distill/small/exports/step-00000150", 0.48, 0.38, 0.58),
+            ("random weights", "random:runs/example", 0.31, 0.22, 0.4),
+            ("color thumbnail", "pixels", 0.41, 0.32, 0.51),
+        )
+    ])  # fmt: skip
+    write_json(run / "evaluate" / "labelfree.json", [
+        {"model": model, "spec": spec, "image_size": 64, "dim": 128, "num_images": 420, "rankme": 41.2,
+         "alpha_req": alpha, "uniformity": -2.41, "effective_dimension": 11.7}
+        for model, spec, alpha in (("pretrained", "x", 1.31), ("random weights", "random:x", None))
+    ])  # fmt: skip
+    Image.new("RGB", (640, 160), (40, 120, 90)).save(run / "evaluate" / "pca.png")
+    return run
+
+
+def knn_row(model: str, spec: str, accuracy: float, low: float, high: float) -> dict:
+    entry = {"accuracy": accuracy, "low": low, "high": high}
+    return {"model": model, "spec": spec, "data": "embedded:eval", "image_size": 64, "dim": 128, "num_train": 120,
+            "num_test": 100, "num_classes": 10, "leave_one_out": False, "knn": [{"k": 10, **entry},
+            {"k": 20, **entry}]}  # fmt: skip
+
+
+@pytest.fixture
+def run_folder(tmp_path: Path) -> Path:
+    return make_run(tmp_path)

@@ -1,0 +1,87 @@
+"""The wheel: builds from a clean copy, installs into an empty folder, and works from there, data files included."""
+
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory) -> Path:
+    """A wheel of the files that git knows or would add."""
+    copy, out = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("wheel")
+    listed = subprocess.run(
+        ["git", "ls-files", "--cached", "--others", "--exclude-standard", "-z"],
+        cwd=ROOT, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    if listed.returncode:
+        pytest.skip("not a git checkout: no list of source files")
+    for name in filter(None, listed.stdout.split("\0")):
+        if (ROOT / name).is_file():
+            (copy / name).parent.mkdir(parents=True, exist_ok=True)
+            (copy / name).write_bytes((ROOT / name).read_bytes())
+    subprocess.run(
+        [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", out, copy],
+        check=True, capture_output=True, text=True,
+    )  # fmt: skip
+    (built,) = out.glob("*.whl")
+    return built
+
+
+@pytest.fixture(scope="module")
+def installed(wheel, tmp_path_factory) -> Path:
+    target = tmp_path_factory.mktemp("target")
+    command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-index", "--target", target, wheel]
+    subprocess.run(command, check=True, capture_output=True)
+    return target
+
+
+def run_installed(installed: Path, elsewhere: Path, *command: str) -> str:
+    """Run with the installed rooms first on the path, in a folder that has nothing to do with the clone."""
+    import os
+
+    env = {**os.environ, "PYTHONPATH": str(installed)}
+    ended = subprocess.run(
+        [sys.executable, *command], cwd=elsewhere, env=env, capture_output=True, text=True, timeout=120, check=False
+    )
+    assert ended.returncode == 0, ended.stderr
+    return ended.stdout
+
+
+def test_the_wheel_holds_every_room_and_no_test(wheel):
+    names = zipfile.ZipFile(wheel).namelist()
+    rooms = {p.parent.name for p in ROOT.glob("*/__init__.py")}
+    assert {"runtime", "imaging", "curation", "pretrain", "distill", "evaluation", "tools", "configs"} <= rooms
+    for file in (path for room in rooms for path in (ROOT / room).rglob("*.py")):
+        assert file.relative_to(ROOT).as_posix() in names
+    assert not [name for name in names if name.startswith(("tests/", "benchmarks/"))]
+    metadata = [name for name in names if ".dist-info/licenses/" in name]
+    assert {Path(name).name for name in metadata} >= {"LICENSE", "ATTRIBUTION.csv", "LICENSES.txt"}
+
+
+def test_the_installed_command_line_works_from_another_folder(installed, tmp_path):
+    assert "usage: troodon" in run_installed(installed, tmp_path, "-m", "tools.cli", "--help")
+    where = run_installed(installed, tmp_path, "-c", "import tools.cli; print(tools.cli.__file__)")
+    assert Path(where.strip()).is_relative_to(installed)
+    script = installed / "bin" / "troodon"
+    assert "usage: troodon" in run_installed(installed, tmp_path, str(script), "--help")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_presets_images_and_the_reports_template_are_found(installed, tmp_path):
+    code = (
+        "from importlib import resources; from runtime.config import preset_names; from runtime.files import locate\n"
+        "print(preset_names())\n"
+        "print(len(list(locate('embedded:eval').rglob('*.jpg'))), locate('embedded:pool/quick-0000.tar').is_file())\n"
+        "print(resources.files('tools').joinpath('report.html').is_file(), locate('embedded:pool'))"
+    )
+    presets, images, template = run_installed(installed, tmp_path, "-c", code).splitlines()
+    assert "quickstart" in presets
+    assert "tiny" in presets
+    assert images == "220 True"
+    assert template.startswith("True ")
+    assert Path(template.removeprefix("True ")).is_relative_to(installed)

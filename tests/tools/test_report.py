@@ -1,0 +1,186 @@
+"""The report: what it says of a run folder, that it stands alone, and that a real browser shows it on both widths."""
+
+import base64
+import io
+import re
+import shutil
+import subprocess
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+
+from runtime.errors import UserError
+from tools.galleries import spread
+from tools.report import find_folders, write_report
+from tools.thumbnails import SIDE, Album
+
+VOID = {"meta", "img", "br", "link", "input"}
+
+
+class Page(HTMLParser):
+    """Checks nesting, collects ids, links, images and text."""
+
+    def __init__(self, html: str):
+        super().__init__()
+        self.open: list[str] = []
+        self.ids: list[str] = []
+        self.links: list[str] = []
+        self.images: list[str] = []
+        self.text = ""
+        self.feed(html)
+        assert self.open == []
+
+    def handle_starttag(self, tag, attrs):
+        attrs = dict(attrs)
+        self.ids += [attrs["id"]] if "id" in attrs else []
+        self.links += [attrs["href"]] if "href" in attrs else []
+        self.images += [attrs["src"]] if tag == "img" else []
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attrs):
+        pass
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        self.text += data
+
+
+@pytest.fixture
+def page(run_folder) -> Page:
+    return Page(write_report(run_folder).read_text())
+
+
+def test_the_page_says_what_the_run_did(page):
+    said = re.sub(r"[ \n]+", " ", page.text)
+    assert "649 images came in and" in said
+    assert "pretrained reaches 53.0\xa0% against 31.0\xa0% of random weights and 41.0\xa0% of color thumbnail" in said
+    assert "44 pool images were taken out because they are copies" in said
+    assert "vit_micro/8, 300 steps of 64 images" in said
+    assert "3 not an image" in said
+    assert "not_found.jpg" in said
+    assert "threshold: 0.6" in said
+    assert "alpha-ReQ" in said
+
+
+def test_every_link_has_its_place(page):
+    anchors = [link.removeprefix("#") for link in page.links]
+    assert all(link.startswith("#") for link in page.links)
+    assert set(anchors) <= set(page.ids)
+    assert len(page.ids) == len(set(page.ids))
+
+
+def test_the_page_stands_alone(run_folder):
+    html = write_report(run_folder).read_text()
+    assert "<script" not in html
+    assert not re.search(r"(?:src|href)=[\"'](?!data:|#)", html)
+    assert "url(" not in html
+    assert len(html) < 4_000_000
+
+
+def test_the_pictures_are_pictures(page):
+    assert len(page.images) > 60
+    for uri in page.images[1:]:
+        image = Image.open(io.BytesIO(base64.b64decode(uri.partition(",")[2])))
+        image.load()
+        assert image.height == SIDE
+
+
+def test_funnel_and_counts_agree_with_the_manifest(run_folder):
+    fates = pq.read_table(run_folder / "curate" / "manifest.parquet")["fate"].to_pylist()
+    text = Page(write_report(run_folder).read_text()).text
+    assert f"{fates.count('kept')} are in the training shards" in text
+    assert f"{fates.count('duplicate')} images were left out because a copy" in text
+
+
+def test_a_curation_alone_and_a_training_alone_have_their_page(run_folder):
+    curated = Page(write_report(run_folder / "curate").read_text())
+    assert "duplicates" in curated.ids
+    assert "knn" not in curated.ids
+    trained = Page(write_report(run_folder / "pretrain").read_text())
+    assert "training" in trained.ids
+    assert "funnel" not in trained.ids
+
+
+def test_a_run_that_has_just_begun_has_a_page(run_folder):
+    for part in ("pretrain", "distill", "evaluate"):
+        shutil.rmtree(run_folder / part)
+    assert "duplicates" in Page(write_report(run_folder).read_text()).ids
+
+
+def test_a_folder_without_a_run_is_the_users_error(tmp_path):
+    with pytest.raises(UserError, match="no folder"):
+        find_folders(tmp_path / "absent")
+    with pytest.raises(UserError, match=r"holds no manifest\.parquet"):
+        find_folders(tmp_path)
+
+
+def test_images_that_are_gone_leave_a_frame(run_folder, monkeypatch):
+    monkeypatch.setattr(Album, "read", lambda *_: None)
+    html = write_report(run_folder).read_text()
+    assert "not there<br>any more" in html
+    Page(html)
+
+
+def test_file_names_cannot_become_markup(run_folder):
+    manifest = run_folder / "curate" / "manifest.parquet"
+    table = pq.read_table(manifest)
+    keys = [
+        f"<i>{key}</i>" if fate == "rejected" else key
+        for key, fate in zip(table["key"].to_pylist(), table["fate"].to_pylist(), strict=True)
+    ]
+    sources = [
+        f"<i>{s}" if fate == "rejected" else s
+        for s, fate in zip(table["source"].to_pylist(), table["fate"].to_pylist(), strict=True)
+    ]
+    for name, values in (("key", keys), ("source", sources)):
+        table = table.set_column(table.schema.get_field_index(name), name, [values])
+    pq.write_table(table, manifest)
+    assert "<i>" not in write_report(run_folder).read_text()
+
+
+def test_spread_takes_both_ends():
+    assert spread([1, 2, 3], 5) == [1, 2, 3]
+    assert spread(range(100), 4) == [0, 33, 66, 99]
+
+
+@pytest.mark.skipif(shutil.which("chromium") is None, reason="no chromium here")
+@pytest.mark.parametrize("width", [1280, 390])
+def test_a_browser_shows_it_without_scrolling_sideways(run_folder, tmp_path, width):
+    """In a frame of that width, because a headless window is at least 500 wide; a script, added for this test only,
+    tells what the browser laid out."""
+    probe = """<script>addEventListener('load', () => {
+        const images = [...document.images]
+        images.forEach(image => image.loading = 'eager')
+        Promise.all(images.map(image => image.decode())).then(() => parent.postMessage([
+            innerWidth, document.documentElement.scrollWidth, images.filter(i => i.naturalWidth).length, images.length
+        ].join(' '), '*'))
+    })</script>"""
+    (tmp_path / "page.html").write_text(write_report(run_folder).read_text().replace("</body>", probe + "</body>"))
+    frame = tmp_path / "frame.html"
+    frame.write_text(
+        "<title></title><script>addEventListener('message', e => document.title = 'seen ' + e.data)</script>"
+        f"<iframe src='page.html' style='width:{width}px;height:900px;border:0'></iframe>"
+    )
+    seen = chromium(frame, tmp_path / "profile")
+    found = re.search(r"<title>seen (\d+) (\d+) (\d+) (\d+)</title>", seen)
+    assert found, seen[:500]
+    inner, scroll, loaded, images = map(int, found.groups())
+    assert inner == width
+    assert scroll <= inner
+    assert loaded == images > 60
+
+
+def chromium(page: Path, profile: Path) -> str:
+    """The document as the browser holds it after loading."""
+    command = [
+        "chromium", "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
+        "--disable-background-networking", "--disable-component-update", "--disable-sync", f"--user-data-dir={profile}",
+        "--window-size=1400,1000", "--virtual-time-budget=10000", "--dump-dom", f"file://{page}",
+    ]  # fmt: skip
+    return subprocess.run(command, capture_output=True, text=True, timeout=120, check=True).stdout
