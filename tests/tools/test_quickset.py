@@ -9,7 +9,7 @@ from runtime.files import locate
 
 ROWS = {row["path"]: row for row in csv.DictReader((locate("embedded:ATTRIBUTION.csv")).open())}
 QUICKSET = locate("embedded:.")
-NOT_IMAGES = (".csv", ".parquet", ".md", ".txt")
+NOT_IMAGES = (".csv", ".parquet", ".md", ".txt", ".py", ".pyc")
 
 
 def members(tar: Path) -> dict[str, str | None]:

@@ -1,0 +1,1 @@
+"""A data-only package: the image set that quickstart and the tests use. README.md says what is in it."""
