@@ -1,5 +1,7 @@
 """Modules from a configuration."""
 
+from typing import Literal
+
 import torch
 from torch import nn
 
@@ -12,7 +14,7 @@ from .model.init import init_linear
 from .model.vit import Shape, VisionTransformer
 
 # arch: width, depth, heads, feed-forward. S to g as DINOv2 table 17; pico to tiny for small data and tests.
-ARCHS = {
+ARCHS: dict[str, tuple[int, int, int, Literal["mlp", "swiglu"]]] = {
     "vit_pico": (48, 4, 3, "mlp"),
     "vit_nano": (96, 4, 3, "mlp"),
     "vit_micro": (128, 6, 4, "mlp"),

@@ -5,7 +5,8 @@ import shutil
 import warnings
 from pathlib import Path
 
-import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.state_dict_loader import load as dcp_load
+from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
 
 from runtime.errors import UserError
 from runtime.files import read_json, write_json
@@ -35,7 +36,7 @@ def save(state: TrainState, out: Path, *, keep: int, world: World, data: str) ->
     world.barrier()
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", module="torch.distributed")
-        dcp.save(state.state_dict(), checkpoint_id=temporary, no_dist=world.mesh is None)
+        dcp_save(state.state_dict(), checkpoint_id=temporary, no_dist=world.mesh is None)
     if world.is_main:
         write_json(temporary / "position.json", {"step": state.step, "data": data})
         temporary.rename(final)
@@ -55,6 +56,6 @@ def load(state: TrainState, folder: Path, *, world: World, data: str) -> None:
     values = state.state_dict()
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", module="torch.distributed")
-        dcp.load(values, checkpoint_id=folder, no_dist=world.mesh is None)
+        dcp_load(values, checkpoint_id=folder, no_dist=world.mesh is None)
     state.load_state_dict(values)
     state.step = position["step"]

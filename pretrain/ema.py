@@ -12,7 +12,7 @@ def update_ema(ema: nn.Module, student: nn.Module, momentum: float) -> None:
     for module in ema.modules():
         if isinstance(module, FSDPModule):
             module.reshard()  # a forward without gradients leaves the root's parameters gathered
-    torch._foreach_lerp_(_local(ema), _local(student), 1 - momentum)
+    torch._foreach_lerp_(_local(ema), _local(student), 1 - momentum)  # pyright: ignore[reportPrivateImportUsage]
 
 
 def _local(module: nn.Module) -> list[Tensor]:

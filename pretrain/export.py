@@ -5,7 +5,7 @@ A folder with `model.safetensors` (names `backbone.*`, `dino_head.*`, `ibot_head
 
 import dataclasses
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import safetensors
 import safetensors.torch
@@ -37,7 +37,8 @@ def export_learner(
     metrics: dict[str, float],
 ) -> Path:
     """Write a `teacher` export. Collective when the learner is sharded; rank 0 writes."""
-    weights = get_model_state_dict(learner, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+    weights = cast(dict[str, Tensor], get_model_state_dict(learner, options=options))
     if weights:  # empty on all ranks but the first
         card = {
             "format": FORMAT,

@@ -4,6 +4,7 @@ import re
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from .build import Learner
 from .config import OptimConfig
@@ -58,5 +59,5 @@ def clip_gradients(learner: nn.Module, clip: float) -> dict[str, Tensor]:
     for name, module in learner.named_children():
         parameters = list(module.parameters())
         norm = torch.nn.utils.clip_grad_norm_(parameters, clip if clip > 0 else float("inf"))
-        norms[f"grad_norm/{name}"] = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
+        norms[f"grad_norm/{name}"] = norm.full_tensor() if isinstance(norm, DTensor) else norm
     return norms

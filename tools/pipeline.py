@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TypeVar
 
 from curation import run as curation
 from curation.config import CurateConfig
@@ -19,7 +20,7 @@ from pretrain.build import describe
 from pretrain.config import PretrainConfig
 from pretrain.export import convert
 from pretrain.train import Hook, pretrain
-from runtime.config import claiming
+from runtime.config import claim_output, claiming
 from runtime.errors import UserError
 from runtime.files import EMBEDDED, read_json, write_json
 from runtime.progress import clock, say
@@ -28,6 +29,7 @@ from runtime.signals import StopRequest
 from .report import write_report
 
 BEFORE_EMBEDDING = ("items", "decode", "exact")
+Training = TypeVar("Training", PretrainConfig, DistillConfig)
 SHARED = ("out", "seed", "device", "workers")  # given once, at the top
 
 
@@ -98,18 +100,12 @@ def curate(config: CurateRunConfig, *, stages: Sequence[str] | None = None, stop
 def train_bootstrap(config: CurateRunConfig, own: CurateConfig, *, stop: StopRequest | None) -> None:
     """Train a small ViT on the decodable pool without labels, and leave it as `<out>/bootstrap/model`."""
     folder = Path(config.out) / "bootstrap"
+    training = stage_config(config, config.bootstrap, folder / "train", folder / "shards")
     if (folder / "model" / "card.json").is_file():
+        claim_output(folder / "train", training)  # it is the model of this config, or the difference is named
         return
     say("bootstrap: no embedder is given, so a small ViT is trained on the raw pool first")
-    shards = curation.write_raw_shards(own, folder / "shards")
-    training = dataclasses.replace(
-        config.bootstrap,
-        out=str(folder / "train"),
-        seed=config.seed,
-        device=config.device,
-        workers=config.workers,
-        data=dataclasses.replace(config.bootstrap.data, shards=(str(shards),)),
-    )
+    curation.write_raw_shards(own, folder / "shards")
     convert(pretrain(training, stop=stop), folder / "model", "backbone")
     shutil.rmtree(folder / "train" / "checkpoints")
 
@@ -123,43 +119,25 @@ def run(config: RunConfig, *, stop: StopRequest | None = None) -> str:
     with claiming(out, config):
         with timed(out, "curate"):
             curate(dataclasses.replace(config, out=str(out / "curate")), stop=stop)
-        shards = str(out / "curate" / "shards")
+        shards = out / "curate" / "shards"
         with timed(out, "pretrain"):
-            teacher = pretrain(
-                dataclasses.replace(
-                    config.pretrain,
-                    out=str(out / "pretrain"),
-                    seed=config.seed,
-                    device=config.device,
-                    workers=config.workers,
-                    data=dataclasses.replace(config.pretrain.data, shards=(shards,)),
-                ),
-                hooks=probes(config, config.pretrain.crops.global_size),
-                stop=stop,
-            )
+            training = stage_config(config, config.pretrain, out / "pretrain", shards)
+            teacher = pretrain(training, hooks=probes(config, training.crops.global_size), stop=stop)
         students: dict[str, Path] = {}
         if config.distill.students:
             with timed(out, "distill"):
-                students = distill(
-                    dataclasses.replace(
-                        config.distill,
-                        out=str(out / "distill"),
-                        seed=config.seed,
-                        device=config.device,
-                        workers=config.workers,
-                        teacher=config.distill.teacher or str(teacher),
-                        data=dataclasses.replace(config.distill.data, shards=(shards,)),
-                    ),
-                    hooks=probes(config, config.distill.crops.global_size),
-                    stop=stop,
+                distilling = dataclasses.replace(
+                    stage_config(config, config.distill, out / "distill", shards),
+                    teacher=config.distill.teacher or str(teacher),
                 )
+                students = distill(distilling, hooks=probes(config, distilling.crops.global_size), stop=stop)
         models = {"pretrained": str(teacher)} | {f"distilled {name}": str(path) for name, path in students.items()}
         models |= {"random weights": f"random:{teacher}", "color thumbnail": "pixels"}
         with timed(out, "evaluate"):
             tables = evaluate(
                 models,
                 config.evaluate,
-                images=shards,
+                images=str(shards),
                 out=out / "evaluate",
                 device=config.device,
                 workers=config.workers,
@@ -167,6 +145,18 @@ def run(config: RunConfig, *, stop: StopRequest | None = None) -> str:
             )
         write_report(out)
     return tables
+
+
+def stage_config(config: CurateRunConfig, group: Training, out: Path, shards: Path) -> Training:
+    """The config of one training stage: its own group, with what holds for every stage of the run."""
+    return dataclasses.replace(
+        group,
+        out=str(out),
+        seed=config.seed,
+        device=config.device,
+        workers=config.workers,
+        data=dataclasses.replace(group.data, shards=(str(shards),)),
+    )
 
 
 def probes(config: RunConfig, image_size: int) -> list[Hook]:
