@@ -172,20 +172,20 @@ def _check_keys(schema: Any, values: Any, prefix: str) -> None:
     types = typing.get_type_hints(schema)
     for key, value in values.items():
         if key not in types:
-            hint = _nearest(str(key), list(types)) or _elsewhere(str(key), types)
+            hint = _elsewhere(str(key), types, prefix) or _nearest(str(key), list(types), prefix)
             raise UserError(f"unknown key {prefix}{key}{hint}\n  valid here: {', '.join(types)}")
         _check_keys(types[key], value, f"{prefix}{key}.")
 
 
-def _nearest(name: str, valid: list[str]) -> str:
+def _nearest(name: str, valid: list[str], prefix: str = "") -> str:
     close = difflib.get_close_matches(name, valid, n=1, cutoff=0.5)
-    return f"; did you mean {close[0]}?" if close else ""
+    return f"; did you mean {prefix}{close[0]}?" if close else ""
 
 
-def _elsewhere(name: str, types: Mapping[str, Any]) -> str:
+def _elsewhere(name: str, types: Mapping[str, Any], prefix: str) -> str:
     for group, inner in types.items():
         if dataclasses.is_dataclass(inner) and name in {field.name for field in dataclasses.fields(inner)}:
-            return f"; did you mean {group}.{name}?"
+            return f"; did you mean {prefix}{group}.{name}?"
     return ""
 
 
@@ -194,6 +194,8 @@ def _explain(entry: Any) -> str:
     key = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in entry["loc"]).lstrip(".")
     if entry["type"] == "missing":
         return f"{key}: missing; give it in the config or as {key}=..."
+    if entry["type"] == "tuple_type":
+        return f"{key}: found {entry['input']!r}; expected a list: {key}=[{entry['input']}]"
     choices = entry.get("ctx", {}).get("expected")
     if choices and entry["type"] == "literal_error":
         valid = [choice.strip("'") for choice in choices.replace(" or ", ", ").split(", ")]

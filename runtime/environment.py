@@ -17,7 +17,7 @@ PACKAGES = ("torch", "torchvision", "timm", "faiss-cpu", "faiss-gpu-cuvs", "webd
             "submitit", "xformers")  # fmt: skip
 
 
-def check_python(version: tuple[int, ...] = tuple(sys.version_info)) -> None:
+def check_python(version: tuple[int, ...] = sys.version_info[:3]) -> None:
     """Raise UserError when Python is older than 3.11."""
     if version[:2] < (3, 11):
         raise UserError(

@@ -5,21 +5,23 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from .files import write_text
+
 
 class MetricsWriter:
-    """Appends to `metrics.jsonl`. A resumed run first drops the rows at or after the step it starts from."""
+    """Appends to `metrics.jsonl`. A run that goes on after `start_step` first drops the rows of later steps."""
 
     def __init__(self, out: Path, *, start_step: int, tensorboard: bool = True):
         out.mkdir(parents=True, exist_ok=True)
         self.path = out / "metrics.jsonl"
         kept = [row for row in read_metrics(out) if row["step"] <= start_step]
-        self.path.write_text("".join(json.dumps(row) + "\n" for row in kept))
+        write_text(self.path, "".join(json.dumps(row) + "\n" for row in kept))
         self.file = self.path.open("a")
         self.board: Any = None
         if tensorboard:
             from torch.utils.tensorboard import SummaryWriter
 
-            self.board = SummaryWriter(str(out / "tensorboard"), purge_step=start_step)
+            self.board = SummaryWriter(str(out / "tensorboard"), purge_step=start_step + 1)
 
     def write(self, step: int, row: Mapping[str, float]) -> None:
         self.file.write(json.dumps({"step": step, **row}) + "\n")

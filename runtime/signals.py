@@ -1,12 +1,12 @@
 """Asking a run to stop: SIGINT, SIGTERM, SIGUSR1 and SIGUSR2 set a flag that long work looks at between units."""
 
+import os
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
 from .errors import Stopped
-from .progress import say
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 
@@ -35,7 +35,8 @@ def stop_on_signals() -> Iterator[StopRequest]:
         if request and number == signal.SIGINT:
             raise KeyboardInterrupt
         request.signal = signal.Signals(number)
-        say(f"{request.signal.name}: stopping at the next safe point (Ctrl-C again: at once)")
+        # Not print: the signal may come in the middle of one, and a stream refuses to be entered twice.
+        os.write(2, f"{request.signal.name}: stopping at the next safe point (Ctrl-C again: at once)\n".encode())
 
     before = {number: signal.signal(number, ask) for number in SIGNALS}
     try:

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
 
 from .errors import UserError
 
@@ -64,7 +65,7 @@ def open_world(device: str = "auto") -> Iterator[World]:
     backend = "nccl" if chosen.type == "cuda" else "gloo"
     dist.init_process_group(backend, rank=rank, world_size=size, timeout=timedelta(minutes=30))
     try:
-        mesh = dist.init_device_mesh(chosen.type, (size,))
+        mesh = init_device_mesh(chosen.type, (size,))
         yield World(rank=rank, size=size, local_rank=local_rank, device=chosen, mesh=mesh)
     finally:
         dist.destroy_process_group()
