@@ -102,7 +102,7 @@ def test_help_is_quick_and_imports_nothing_heavy():
         (["launch", "tiny", "--cluster", "slrum"], "did you mean slurm?"),
         (["export", "x", "y", "--format", "bakbone"], "did you mean backbone?"),
         (["pretrain", "tiny", "--train.steps", "3"], "config keys are given without dashes: train.steps=VALUE"),
-        (["pretrain", "tiny", "train.stesp=3", "--dry-run"], "did you mean steps?"),
+        (["pretrain", "tiny", "train.stesp=3", "--dry-run"], "did you mean train.steps?"),
         (["pretrain", "tiyn"], "did you mean tiny?"),
         (["pretrain"], "required: CONFIG"),
         (["pretrain", "tiny", "--dry-run", "model.arch=vit_smal"], "did you mean vit_small?"),

@@ -83,7 +83,7 @@ def test_another_config_in_the_same_folder_is_refused_with_the_difference(own_ru
         (["source.paths=[{tmp}/empty]"], "no image"),
         (["source.paths=[{tmp}/broken]"], "can be decoded"),
         (["source.paths=[]"], "source.paths: missing"),
-        (["source.path=[x]"], "did you mean paths?"),
+        (["source.path=[x]"], "did you mean source.paths?"),
         (["pretrain.seed=3"], "pretrain.seed: give seed at the top"),
         (["pretrain.model.arch=vit_smal"], "did you mean vit_small?"),
         (["seed=often"], "seed"),
