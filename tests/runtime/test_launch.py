@@ -16,6 +16,7 @@ from runtime.launch import Resources, Submitted, follow, parameters, submit
 from runtime.signals import StopRequest
 
 ROOT = Path(__file__).parents[2]
+STARTED: list[Submitted] = []
 
 
 @pytest.fixture(autouse=True)
@@ -26,6 +27,10 @@ def importable(monkeypatch):
     cloudpickle.register_pickle_by_value(module)
     yield
     cloudpickle.unregister_pickle_by_value(module)
+    while STARTED:
+        job = STARTED.pop()
+        if not job.ended():  # a test failed before its end: leave no process behind
+            subprocess.run(job.stop_command, shell=True, check=True)
 
 
 def greet(arguments):
@@ -71,7 +76,9 @@ def add_ranks(arguments):
 
 
 def start(main, logs, *arguments, cluster="local", **resources) -> Submitted:
-    return submit(main, arguments, name="test", cluster=cluster, logs=logs, resources=Resources(**resources))
+    job = submit(main, arguments, name="test", cluster=cluster, logs=logs, resources=Resources(**resources))
+    STARTED.append(job)
+    return job
 
 
 def wait_for_text(path: Path, text: str, seconds: float = 30) -> None:
