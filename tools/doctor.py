@@ -95,26 +95,23 @@ def _memory() -> int | None:
 
 
 def _devices() -> tuple[list[dict[str, str]], dict[str, Any]]:
-    """GPUs if any, else the CPU with its measured multiplication rates."""
+    """GPUs if any, else the CPU; and the precision that training takes, beside the CPU's measured rates."""
     import torch
 
+    from pretrain.loop import choose_precision
+    from runtime.world import choose_device
+
+    chosen = str(choose_precision("auto", choose_device("auto"))).removeprefix("torch.")
     if torch.cuda.is_available():
         cards = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
         detail = [f"{human_bytes(card.total_memory)}, compute capability {card.major}.{card.minor}" for card in cards]
         devices = [{"name": card.name, "detail": text} for card, text in zip(cards, detail, strict=True)]
-        bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
-        return devices, {"bfloat16": bf16, "says": "bfloat16" if bf16 else "float32 (this GPU has no bfloat16 units)"}
-    rates = {name: cpu_rate(getattr(torch, name)) for name in ("float32", "bfloat16")}
-    faster = rates["bfloat16"] > rates["float32"]
-    says = (
-        f"{'bfloat16' if faster else 'float32'} on this CPU: float32 {rates['float32']:.0f}, "
-        f"bfloat16 {rates['bfloat16']:.0f} GFLOP/s measured"
-    )
-    return [{"name": "cpu", "detail": f"{torch.get_num_threads()} threads"}], {
-        "bfloat16": faster,
-        "says": says,
-        **rates,
-    }
+        return devices, {"chosen": chosen, "says": f"{chosen} in training"}
+    rates = {name: round(cpu_rate(getattr(torch, name)), 1) for name in ("float32", "bfloat16")}
+    says = f"{chosen} in training; this CPU: float32 {rates['float32']}, bfloat16 {rates['bfloat16']} GFLOP/s"
+    if max(rates, key=lambda name: rates[name]) != chosen:
+        says += f"\ntrain.precision={'float32' if chosen == 'bfloat16' else 'bfloat16'} would be faster here"
+    return [{"name": "cpu", "detail": f"{torch.get_num_threads()} threads"}], {"chosen": chosen, "says": says, **rates}
 
 
 def cpu_rate(dtype: Any, *, size: int = 512, repeats: int = 5) -> float:
