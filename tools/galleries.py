@@ -1,14 +1,31 @@
-"""A curation's decisions as pictures: groups, near misses, leaks, what seeds brought, rejects; from its manifest."""
+"""A curation's decisions as pictures: groups, close calls, leaks, what the seeds brought, rejects.
 
-from collections import Counter, defaultdict
+Read from its manifest and, where they are still there, from the tables of its stages (docs/formats.md). Only the rows
+that a page shows are turned into Python objects, so that a manifest of millions costs seconds.
+"""
+
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
 from .thumbnails import Album, Picture
 
-GROUPS, GROUP_SIZE, PAIRS, SEEDS, NEIGHBOURS, EXAMPLES = 10, 8, 16, 3, 9, 3  # how much of each a page shows
+# How much of each gallery a page shows.
+GROUPS, GROUP_SIZE, PAIRS, SEED_SETS, SEEDS, NEIGHBOURS, EXAMPLES = 10, 8, 16, 12, 2, 8, 3
+
+# Fates in the order in which they are decided: what a person calls the images left after it, and those that it took.
+FATES = {
+    "rejected": ("readable", "unreadable"),
+    "duplicate": ("unique", "duplicates"),
+    "leak": ("not leaked", "leaks"),
+    "not_selected": ("selected", "not selected"),
+}
 Row = dict[str, Any]
 Item = TypeVar("Item")
 
@@ -63,82 +80,110 @@ class Curation:
 
 
 def read_curation(folder: Path) -> Curation:
-    """A curation's decisions from its `manifest.parquet`, with pictures read from where the images lie."""
-    import pyarrow.parquet as pq
-
-    rows = pq.read_table(folder / "manifest.parquet").to_pylist()
-    fates = Counter(row["fate"] for row in rows)
+    """A curation's decisions, with pictures read from where the images lie."""
+    manifest = pq.read_table(folder / "manifest.parquet")
+    fates = count(manifest["fate"])
     album = Album()
-    galleries = [duplicate_groups(rows, album), leaks(rows, album)]
+    galleries = [duplicate_groups(manifest, album), leaks(manifest, album)]
+    places = Places(folder / "stages" / "items")
+    galleries[1:1] = near_misses(folder / "stages" / "dedup" / "edges.parquet", places, album)
+    galleries += neighbours(folder / "stages" / "retrieve" / "neighbours.parquet", places, album)
     return Curation(
-        came=len(rows),
-        kept=fates["kept"],
-        left_out={
-            "duplicates": fates["duplicate"],
-            "leaks": fates["leak"],
-            "not selected": fates["not_selected"],
-            "rejected": fates["rejected"],
-        },
-        funnel=funnel(rows),
+        came=len(manifest),
+        kept=fates.get("kept", 0),
+        left_out={called: fates.get(fate, 0) for fate, (_, called) in FATES.items()},
+        funnel=funnel(manifest),
         galleries=[gallery for gallery in galleries if gallery.sets],
-        rejects=rejects(rows),
+        rejects=rejects(manifest),
     )
 
 
-def funnel(rows: Sequence[Row]) -> list[Step]:
+class Places:
+    """Source and key of every row of the items stage, which the tables of the other stages number."""
+
+    def __init__(self, items: Path):
+        parts = sorted(items.glob("part-*.parquet"))
+        tables = [pq.read_table(part, columns=["source", "key"]) for part in parts]
+        self.table = pa.concat_tables(tables) if tables else None
+
+    def __bool__(self) -> bool:
+        return self.table is not None
+
+    def __getitem__(self, row: int) -> tuple[str, str]:
+        assert self.table is not None
+        return self.table["source"][row].as_py(), self.table["key"][row].as_py()
+
+
+def count(column: pa.ChunkedArray) -> dict[Any, int]:
+    """How often each value occurs, the commonest first, nulls left out."""
+    found = {entry["values"]: entry["counts"] for entry in column.drop_null().value_counts().to_pylist()}
+    return dict(sorted(found.items(), key=lambda entry: (-entry[1], str(entry[0]))))
+
+
+def funnel(manifest: pa.Table) -> list[Step]:
     """How many images were left after each kind of decision, in the order in which they are made."""
-    fates = Counter(row["fate"] for row in rows)
-    reasons = Counter((row["fate"], row["reason"]) for row in rows if row["reason"])
-    steps = [Step("images in", len(rows), len(rows), 100.0, 0.0, "")]
-    for name, fate in (
-        ("readable", "rejected"),
-        ("unique", "duplicate"),
-        ("not leaked", "leak"),
-        ("selected", "not_selected"),
-    ):
-        came = steps[-1].left
-        left = came - fates[fate]
-        share = 100 / max(len(rows), 1)
-        found = ", ".join(f"{count} {reason}" for (of, reason), count in reasons.most_common() if of == fate)
-        note = f"{fates[fate]} {fate.replace('_', ' ')}{f': {found}' if found else ''}" if fates[fate] else ""
+    share = 100 / max(len(manifest), 1)
+    steps = [Step("images in", len(manifest), len(manifest), 100.0, 0.0, "")]
+    for fate, (name, called) in FATES.items():
+        gone = manifest.filter(pc.field("fate") == fate)
+        came, left = steps[-1].left, steps[-1].left - len(gone)
+        reasons = ", ".join(f"{number} {reason}" for reason, number in count(gone["reason"]).items())
+        note = f"{len(gone)} {called}{f': {reasons}' if reasons else ''}" if len(gone) else ""
         steps.append(Step(name, came, left, left * share, (came - left) * share, note))
     return steps
 
 
-def duplicate_groups(rows: Sequence[Row], album: Album) -> Gallery:
+def duplicate_groups(manifest: pa.Table, album: Album) -> Gallery:
     """The largest groups: the image that was kept, then the copies it stands for, by falling cosine."""
-    by_id = {row["item_id"]: row for row in rows if row["fate"] != "duplicate"}
-    groups: dict[Any, list[Row]] = defaultdict(list)
-    for row in rows:
-        if row["fate"] == "duplicate":
-            groups[row["group_id"]].append(row)
-    largest = sorted(groups.values(), key=lambda group: (-len(group), group[0]["item_id"]))
+    copies = manifest.filter(pc.field("fate") == "duplicate")
+    sizes = count(copies["group_id"])
     sets = []
-    for group in largest[:GROUPS]:
-        group = sorted(group, key=lambda row: -_cosine(row))
-        pictures = []
-        for witness in dict.fromkeys(row["witness_id"] for row in group):
-            kept = by_id.get(witness)
-            if kept is not None:
-                pictures.append(album.picture(kept["source"], kept["key"], "kept", mark="keep"))
-        pictures += [album.picture(row["source"], row["key"], _how(row), mark="drop") for row in group[:GROUP_SIZE]]
-        more = f", {len(group) - GROUP_SIZE} more not shown" if len(group) > GROUP_SIZE else ""
-        sets.append(PictureSet(f"{len(group)} left out{more}", pictures))
-    copies = sum(map(len, groups.values()))
+    for group in list(sizes)[:GROUPS]:
+        rows = sorted(copies.filter(pc.field("group_id") == group).to_pylist(), key=lambda row: -_cosine(row))
+        witnesses = sorted({row["witness_id"] for row in rows})
+        kept = manifest.filter(pc.field("item_id").isin(witnesses) & (pc.field("fate") != "duplicate"))
+        pictures = [album.picture(row["source"], row["key"], "stays", mark="keep") for row in kept.to_pylist()]
+        pictures += [album.picture(row["source"], row["key"], _how(row), mark="drop") for row in rows[:GROUP_SIZE]]
+        more = f", {len(rows) - GROUP_SIZE} of them not shown" if len(rows) > GROUP_SIZE else ""
+        sets.append(PictureSet(f"{len(rows)} left out{more}", pictures))
     return Gallery(
         "duplicates",
         "Duplicates",
         "Duplicates",
-        f"{copies} images were left out because a copy of them stays. Of each group the framed one was kept; under "
-        f"the others, the cosine to it and what gave them away.",
+        f"{len(copies)} images were left out because a copy of them stays. The framed image of a group stands for the "
+        f"others; under those, their cosine to it, or what gave them away before a model looked.",
         sets,
-        f"{len(groups) - GROUPS} smaller groups are not shown." if len(groups) > GROUPS else "",
+        f"{len(sizes) - GROUPS} smaller groups are not shown." if len(sizes) > GROUPS else "",
     )
 
 
-def leaks(rows: Sequence[Row], album: Album) -> Gallery:
+def near_misses(path: Path, places: Places, album: Album) -> list[Gallery]:
+    """Pairs just above and just below the line between copy and look-alike."""
+    if not places or not path.is_file():
+        return []
+    edges = pq.read_table(path)
+    score, cosine = (edges[name].to_numpy(zero_copy_only=False) for name in ("score", "cosine"))  # null becomes NaN
+    edges = edges.append_column("worth", pa.array(np.where(np.isnan(score), cosine, score)))
+    sets = []
+    for accepted, verdict, order in ((True, "copies", "ascending"), (False, "kept apart", "descending")):
+        chosen = edges.filter(pc.field("accepted") == accepted)
+        chosen = chosen.sort_by([("worth", order), ("row_a", "ascending"), ("row_b", "ascending")])
+        for edge in chosen.slice(0, PAIRS // 2).to_pylist():
+            pictures = [album.picture(*places[edge[name]], "") for name in ("row_a", "row_b")]
+            agreement = "" if edge["score"] is None else f" · agreement {edge['score']:.3f}"
+            sets.append(PictureSet(f"{verdict} · cosine {edge['cosine']:.3f}{agreement}", pictures))
+    why = (
+        "The least sure decisions: pairs that just counted as copies, then pairs that were just kept apart. Where they "
+        "look wrong, the threshold is. Agreement is that of the pictures laid on each other, 0 to 1."
+    )
+    return [Gallery("threshold", "Threshold", "Close calls", why, sets, "")]
+
+
+def leaks(manifest: pa.Table, album: Album) -> Gallery:
     """Pool images that were taken out because an evaluation set holds them, each beside its witness."""
-    found = sorted((row for row in rows if row["fate"] == "leak"), key=lambda row: -_cosine(row))
+    found = manifest.filter(pc.field("fate") == "leak")
+    found = found.sort_by([("cosine", "descending"), ("source", "ascending"), ("key", "ascending")])
+    shown = found.take(spread(range(len(found)), PAIRS)).to_pylist() if len(found) else []
     sets = [
         PictureSet(
             "",
@@ -147,7 +192,7 @@ def leaks(rows: Sequence[Row], album: Album) -> Gallery:
                 album.picture(row["witness_source"], row["witness_id"], "evaluation"),
             ],
         )
-        for row in spread(found, PAIRS)
+        for row in shown
     ]
     return Gallery(
         "leaks",
@@ -160,21 +205,40 @@ def leaks(rows: Sequence[Row], album: Album) -> Gallery:
     )
 
 
-def spread(items: Sequence[Item], count: int) -> list[Item]:
-    """At most `count` items, evenly over the sequence, first and last among them."""
-    if len(items) <= count:
-        return list(items)
-    return [items[round(i * (len(items) - 1) / (count - 1))] for i in range(count)]
+def neighbours(path: Path, places: Places, album: Album) -> list[Gallery]:
+    """What the seeds brought: a few seeds of every set with their nearest pool images."""
+    if not places or not path.is_file():
+        return []
+    table = pq.read_table(path)
+    names = sorted(count(table["seed_set"]))
+    sets = []
+    for name in names[:SEED_SETS]:
+        retrieved = table.filter(pc.field("seed_set") == name)
+        for seed in spread(sorted(count(retrieved["seed_row"])), SEEDS):
+            nearest = retrieved.filter(pc.field("seed_row") == seed).sort_by("rank").slice(0, NEIGHBOURS)
+            pictures = [album.picture(*places[seed], "seed", mark="keep")]
+            pictures += [album.picture(*places[row["row"]], f"{row['cosine']:.3f}") for row in nearest.to_pylist()]
+            sets.append(PictureSet(name, pictures))
+    why = "Framed a seed, beside it the pool images that are nearest to it for the embedder, with their cosine."
+    rest = f"Up to {SEEDS} seeds of {min(len(names), SEED_SETS)} of {len(names)} sets." if names else ""
+    return [Gallery("neighbours", "Neighbours", "What the seeds brought", why, sets, rest)]
 
 
-def rejects(rows: Sequence[Row]) -> list[Reject]:
+def rejects(manifest: pa.Table) -> list[Reject]:
     """Rejected files by reason, the commonest first, with a few names."""
-    by_reason: dict[str, list[Row]] = defaultdict(list)
-    for row in rows:
-        if row["fate"] == "rejected":
-            by_reason[row["reason"]].append(row)
-    ordered = sorted(by_reason.items(), key=lambda entry: (-len(entry[1]), entry[0]))
-    return [Reject(reason, len(group), ", ".join(_name(row) for row in group[:EXAMPLES])) for reason, group in ordered]
+    gone = manifest.filter(pc.field("fate") == "rejected")
+    found = []
+    for reason, number in count(gone["reason"]).items():
+        rows = gone.filter(pc.field("reason") == reason).slice(0, EXAMPLES).to_pylist()
+        found.append(Reject(reason, number, ", ".join(_name(row) for row in rows)))
+    return found
+
+
+def spread(items: Sequence[Item], number: int) -> list[Item]:
+    """At most `number` (2 or more) of the items, evenly over the sequence, first and last among them."""
+    if len(items) <= number:
+        return list(items)
+    return [items[round(i * (len(items) - 1) / (number - 1))] for i in range(number)]
 
 
 def _name(row: Row) -> str:

@@ -57,6 +57,28 @@ def manifest_rows() -> list[dict]:
     return [*rows.values(), *rejected]
 
 
+def make_stages(folder: Path, rows: list[dict]) -> None:
+    """The tables of stages that a page looks into: where items lie, pairs near the threshold, what seeds brought."""
+    seeds = [f"embedded:seeds/{name}/00{i}.jpg" for name in ("daisy", "leopards") for i in (1, 2, 3)]
+    items = [(row["source"], row["key"]) for row in rows] + [(seed, seed) for seed in seeds]
+    write_table(
+        folder / "items" / "part-00000.parquet",
+        pa.table(dict(zip(("source", "key"), zip(*items, strict=True), strict=True))),
+    )
+    edges = [(i, i + 1, 0.6 + i / 100, 0.5 + i / 50, i >= 10) for i in range(20)]
+    names = ("row_a", "row_b", "cosine", "score", "accepted")
+    write_table(folder / "dedup" / "edges.parquet", pa.table(dict(zip(names, zip(*edges, strict=True), strict=True))))
+    found = [
+        (len(rows) + s, rank, 30 * s + rank, 0.9 - rank / 10, seeds[s].split("/")[1])
+        for s in range(6)
+        for rank in range(4)
+    ]
+    names = ("seed_row", "rank", "row", "cosine", "seed_set")
+    write_table(
+        folder / "retrieve" / "neighbours.parquet", pa.table(dict(zip(names, zip(*found, strict=True), strict=True)))
+    )
+
+
 def make_training(folder: Path, *, arch: str, steps: int) -> None:
     config = {
         "model": {"arch": arch, "patch_size": 8},
@@ -80,6 +102,7 @@ def make_run(folder: Path, *, name: str = "example") -> Path:
     run = folder / name
     rows = manifest_rows()
     write_table(run / "curate" / "manifest.parquet", pa.table({c: [row[c] for row in rows] for c in COLUMNS}))
+    make_stages(run / "curate" / "stages", rows)
     write_json(run / "curate" / "summary.json", {"version": 1, "config_hash": "0123456789abcdef"})
     write_text(run / "config.yaml", "out: runs/example\nseed: 0\ndedup:\n  threshold: 0.6\n")
     write_json(run / "times.json", {"curate": 61.2, "pretrain": 151.0, "distill": 40.4, "evaluate": 9.8})

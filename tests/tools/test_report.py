@@ -68,6 +68,34 @@ def test_the_page_says_what_the_run_did(page):
     assert "alpha-ReQ" in said
 
 
+def test_close_calls_come_from_both_sides_of_the_line(page):
+    said = re.findall(r"(copies|kept apart) · cosine 0\.\d+ · agreement (0\.\d+)", page.text)
+    assert [float(worth) for verdict, worth in said if verdict == "copies"] == [
+        0.7,
+        0.72,
+        0.74,
+        0.76,
+        0.78,
+        0.8,
+        0.82,
+        0.84,
+    ]
+    assert [float(worth) for verdict, worth in said if verdict == "kept apart"][:3] == [0.68, 0.66, 0.64]
+
+
+def test_seeds_stand_beside_what_they_brought(page):
+    said = re.sub(r"[ \n]+", " ", page.text)
+    assert "seed0.9000.8000.7000.600" in said.replace(" ", "")
+    assert said.count("leopards") == 2
+
+
+def test_a_run_whose_stages_were_deleted_has_its_page(run_folder):
+    shutil.rmtree(run_folder / "curate" / "stages")
+    ids = Page(write_report(run_folder).read_text()).ids
+    assert "threshold" not in ids
+    assert "duplicates" in ids
+
+
 def test_every_link_has_its_place(page):
     anchors = [link.removeprefix("#") for link in page.links]
     assert all(link.startswith("#") for link in page.links)
@@ -156,12 +184,12 @@ def test_a_browser_shows_it_without_scrolling_sideways(run_folder, tmp_path, wid
     tells what the browser laid out."""
     probe = """<script>addEventListener('load', () => {
         const images = [...document.images]
-        images.forEach(image => image.loading = 'eager')
-        Promise.all(images.map(image => image.decode())).then(() => parent.postMessage([
+        parent.postMessage([
             innerWidth, document.documentElement.scrollWidth, images.filter(i => i.naturalWidth).length, images.length
-        ].join(' '), '*'))
+        ].join(' '), '*')
     })</script>"""
-    (tmp_path / "page.html").write_text(write_report(run_folder).read_text().replace("</body>", probe + "</body>"))
+    html = write_report(run_folder).read_text().replace(' loading="lazy"', "")  # so that `load` waits for all images
+    (tmp_path / "page.html").write_text(html.replace("</body>", probe + "</body>"))
     frame = tmp_path / "frame.html"
     frame.write_text(
         "<title></title><script>addEventListener('message', e => document.title = 'seen ' + e.data)</script>"
