@@ -1,0 +1,152 @@
+"""The embedding model: our own exports and timm's models behind one call."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from runtime.errors import UserError
+from runtime.files import read_json, sha256
+
+from .config import EmbedConfig
+
+
+@dataclass(frozen=True)
+class Embedder:
+    """`model(pixels)` gives one vector per image; pixels are normalised with mean and std, each of 3 channels."""
+
+    model: nn.Module  # [B, 3, S, S] float32 -> [B, D]
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+
+    def __call__(self, images: Tensor) -> Tensor:
+        """Unit vectors, float32 [B, D], of uint8 images [B, 3, S, S]."""
+        mean, std = (torch.tensor(values, device=images.device)[:, None, None] for values in (self.mean, self.std))
+        with torch.inference_mode():
+            vectors = self.model((images.float() / 255 - mean) / std)
+        return torch.nn.functional.normalize(vectors.float(), dim=1)
+
+
+def model_identity(config: EmbedConfig, out: Path) -> str:
+    """What the vectors depend on besides the pixels: the name, and the hash of the weights where they are a file."""
+    kind, _, name = config.model.partition(":")
+    if kind == "timm":
+        checkpoint = name.partition("@")[2]
+        return f"{config.model} {sha256(_existing(Path(checkpoint))) if checkpoint else ''}"
+    return sha256(_export_folder(config, out) / "model.safetensors")
+
+
+def load_embedder(config: EmbedConfig, out: Path, device: torch.device) -> Embedder:
+    """The model named by `embed.model`. Raises UserError when it is absent, damaged or does not fit `embed.size`."""
+    kind, _, name = config.model.partition(":")
+    embedder = _load_timm(config, name) if kind == "timm" else _load_export(config, _export_folder(config, out))
+    return Embedder(embedder.model.eval().to(device), embedder.mean, embedder.std)
+
+
+def _export_folder(config: EmbedConfig, out: Path) -> Path:
+    kind, _, name = config.model.partition(":")
+    if config.model == "bootstrap":
+        folder = out / "bootstrap" / "model"
+        hint = "the stage before trains it: run `troodon curate` without --stages"
+    elif kind == "export" and name:
+        folder, hint = Path(name).expanduser(), "give the folder of an export (exports/step-... of a training run)"
+    else:
+        raise UserError(f"embed.model: {config.model!r}; expected bootstrap, export:FOLDER or timm:NAME[@CHECKPOINT]")
+    if not (folder / "card.json").is_file() or not (folder / "model.safetensors").is_file():
+        raise UserError(f"embed.model: no export in {folder} (card.json and model.safetensors)\n  {hint}")
+    return folder
+
+
+def _load_export(config: EmbedConfig, folder: Path) -> Embedder:
+    card = read_json(folder / "card.json")
+    shape = card["model"]
+    if config.size % shape["patch_size"]:
+        raise UserError(
+            f"embed.size: {config.size} is no multiple of the model's patch size {shape['patch_size']} ({folder})"
+        )
+    try:
+        stored = load_file(folder / "model.safetensors")
+    except SafetensorError as error:
+        raise UserError(f"embed.model: {folder / 'model.safetensors'} is damaged ({error})") from None
+    model = _vision_transformer(shape)
+    weights = _timm_names({n.removeprefix("backbone."): w for n, w in stored.items() if n.startswith("backbone.")})
+    try:
+        model.load_state_dict(weights)
+    except RuntimeError as error:
+        raise UserError(f"embed.model: the weights in {folder} do not fit its card.json\n  {error}") from None
+    return Embedder(model, tuple(card["mean"]), tuple(card["std"]))
+
+
+def _vision_transformer(shape: dict[str, Any]) -> nn.Module:
+    """timm's ViT with the parameters of a DINOv2 checkpoint of this shape."""
+    from timm.layers.mlp import SwiGLUPacked
+    from timm.models.vision_transformer import VisionTransformer
+
+    options: dict[str, Any] = {"mlp_ratio": shape["mlp_ratio"]}
+    if shape["ffn"] == "swiglu":
+        hidden = (int(shape["dim"] * shape["mlp_ratio"] * 2 / 3) + 7) // 8 * 8
+        options = {"mlp_ratio": 2 * hidden / shape["dim"], "mlp_layer": SwiGLUPacked, "act_layer": nn.SiLU}
+    return VisionTransformer(
+        img_size=shape["image_size"],
+        patch_size=shape["patch_size"],
+        embed_dim=shape["dim"],
+        depth=shape["depth"],
+        num_heads=shape["num_heads"],
+        reg_tokens=shape["num_registers"],
+        init_values=1e-5 if shape["layerscale"] else None,
+        no_embed_class=True,
+        dynamic_img_size=True,
+        num_classes=0,
+        global_pool="token",
+        **options,
+    )
+
+
+def _timm_names(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """DINOv2's names as timm's. timm keeps the position of the class token inside the token itself."""
+    renamed = {}
+    for name, weight in weights.items():
+        if name == "mask_token":
+            continue
+        name = (
+            name.replace("register_tokens", "reg_token").replace("mlp.w12.", "mlp.fc1.").replace("mlp.w3.", "mlp.fc2.")
+        )
+        renamed[name] = weight
+    renamed["cls_token"] = weights["cls_token"] + weights["pos_embed"][:, :1]
+    renamed["pos_embed"] = weights["pos_embed"][:, 1:]
+    return renamed
+
+
+def _load_timm(config: EmbedConfig, name: str) -> Embedder:
+    import timm
+
+    name, _, checkpoint = name.partition("@")
+    if not timm.is_model(name.split(".")[0]):
+        near = ", ".join(timm.list_models(f"*{name.split('_')[0]}*")[:5])
+        raise UserError(f"embed.model: timm has no model {name!r}" + (f"; for example {near}" if near else ""))
+    options: dict[str, Any] = {"num_classes": 0}
+    try:
+        pretrained = timm.get_pretrained_cfg(name)
+        if pretrained is not None and pretrained.fixed_input_size:
+            options["img_size"] = config.size
+        if checkpoint:
+            model = timm.create_model(name, checkpoint_path=str(_existing(Path(checkpoint))), **options)
+        else:
+            model = timm.create_model(name, pretrained=True, **options)
+    except (OSError, RuntimeError) as error:  # no network, no such weights; huggingface_hub's errors are OSErrors
+        raise UserError(
+            f"embed.model: cannot get the weights of timm:{name} ({type(error).__name__})\n  with no network give "
+            f"embed.model=timm:{name}@/path/to/weights.safetensors, or embed.model=bootstrap, which needs no download"
+        ) from error
+    data = timm.data.resolve_model_data_config(model)
+    return Embedder(model, data["mean"], data["std"])
+
+
+def _existing(path: Path) -> Path:
+    if not path.expanduser().is_file():
+        raise UserError(f"embed.model: no checkpoint file {path}")
+    return path.expanduser()

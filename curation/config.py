@@ -1,0 +1,94 @@
+"""Configuration of curation; presets in `configs/` state only what differs from these defaults.
+
+Thresholds default to DINOv2's (appendix A.3) where it states one.
+"""
+
+from dataclasses import dataclass, field, replace
+from typing import Literal
+
+from runtime.config import config_hash
+
+
+@dataclass(frozen=True)
+class SourceConfig:
+    paths: tuple[str, ...] = ()  # folders, WebDataset tars or globs of tars: the raw images
+    part_size: int = 1024  # images per work unit: what a killed run repeats at most, for each worker
+
+
+@dataclass(frozen=True)
+class SeedsConfig:
+    paths: tuple[str, ...] = ()  # curated examples to retrieve around; each top-level subfolder is one seed set
+
+
+@dataclass(frozen=True)
+class GuardConfig:
+    paths: tuple[str, ...] = ()  # evaluation sets that the training set must not contain
+    threshold: float = 0.45  # cosine from which a pool image is a copy of an evaluation image (DINOv2 A.3)
+    k: int = 16  # nearest neighbours looked at, from evaluation image to pool and from pool to evaluation image
+
+
+@dataclass(frozen=True)
+class DecodeConfig:
+    max_pixels: int = 100_000_000  # larger pictures are refused from their header
+    min_side: int = 16  # pixels; pictures with a shorter side are rejected as too small
+
+
+@dataclass(frozen=True)
+class EmbedConfig:
+    model: str = "bootstrap"  # bootstrap | export:FOLDER | timm:NAME[@CHECKPOINT]
+    size: int = 224  # pixels; images are resized to size x size, aspect ignored, as SSCD does for whole-image copies
+    batch_size: int = 64  # images per forward pass
+
+
+@dataclass(frozen=True)
+class DedupConfig:
+    threshold: float = 0.6  # cosine from which two images are near-duplicates (DINOv2 A.3, on SSCD vectors)
+    k: int = 64  # nearest neighbours per image in the graph (DINOv2 A.3)
+    phash_distance: int = 4  # bits of 64 between perceptual hashes of "the same picture", also mirrored
+    verify: bool = True  # an edge must also pass pixel verification: the two pictures are aligned and compared
+    verify_threshold: float = 0.72  # local correlation of the aligned pictures (0 to 1) from which it passes
+    views: int = 16  # with verify: pairs also proposed by each image's nearest window views, this many; 0: none
+    phash_candidates: int = 12  # with verify: pairs also proposed up to this perceptual-hash distance, bits of 64
+
+
+@dataclass(frozen=True)
+class RetrievalConfig:
+    k: int = 4  # pool images retrieved per seed (DINOv2 A.4: 4 for ImageNet-22k, 32 for ImageNet-1k)
+    min_similarity: float = 0.0  # cosine below which a neighbour is not retrieved
+
+
+@dataclass(frozen=True)
+class ShardsConfig:
+    max_bytes: int = 500_000_000  # size of a shard, headers included; one larger sample still gets its own shard
+    max_samples: int = 100_000  # samples of a shard
+
+
+@dataclass(frozen=True)
+class CurateConfig:
+    out: str = "runs/curate"  # folder of the result
+    seed: int = 0  # of the order of samples in the shards and of the recall sample
+    device: Literal["auto", "cpu", "cuda"] = "auto"  # of the embedding model and of pixel verification
+    workers: int = 4  # processes that decode, verify and write; 0: this process
+    source: SourceConfig = field(default_factory=SourceConfig)
+    seeds: SeedsConfig = field(default_factory=SeedsConfig)
+    guard: GuardConfig = field(default_factory=GuardConfig)
+    decode: DecodeConfig = field(default_factory=DecodeConfig)
+    embed: EmbedConfig = field(default_factory=EmbedConfig)
+    dedup: DedupConfig = field(default_factory=DedupConfig)
+    retrieval: RetrievalConfig = field(default_factory=RetrievalConfig)
+    shards: ShardsConfig = field(default_factory=ShardsConfig)
+
+
+def in_order(config: CurateConfig) -> CurateConfig:
+    """The same config with its paths sorted: the order in which sources are given changes no result."""
+    return replace(
+        config,
+        source=replace(config.source, paths=tuple(sorted(config.source.paths))),
+        seeds=replace(config.seeds, paths=tuple(sorted(config.seeds.paths))),
+        guard=replace(config.guard, paths=tuple(sorted(config.guard.paths))),
+    )
+
+
+def result_hash(config: CurateConfig) -> str:
+    """Hash of everything in a config that decides the result."""
+    return config_hash(in_order(config))

@@ -1,0 +1,68 @@
+"""Exact and perceptual duplicates, before any model looks: the same bytes, the same pixels, the same look.
+
+They go first so that placeholders and re-uploads cannot fill the neighbour lists of the near-duplicate join.
+"""
+
+import numpy as np
+import pyarrow as pa
+
+from runtime.files import write_table
+from runtime.progress import say
+from runtime.signals import StopRequest
+
+from .config import CurateConfig
+from .groups import components, representatives
+from .join import hash_pairs, self_pairs
+from .rows import Rows
+from .scoring import score_pairs
+from .stage import Stage
+
+REASONS = ("same bytes", "same pixels", "same look")
+
+SCHEMA = pa.schema([("row", pa.int64()), ("of", pa.int64()), ("reason", pa.string())])
+
+
+def exact_stage(config: CurateConfig, rows: Rows, decode: Stage, stage: Stage, stop: StopRequest | None) -> None:
+    """Write `duplicates.parquet`: every pool row that is a copy, the row that stays for it, and why."""
+    stage.open()
+    pool = rows.of("pool")
+    staying = pool
+    removed = []
+    for reason in REASONS:
+        if reason == "same look":
+            pairs = self_pairs(
+                hash_pairs(rows.phash[staying], rows.phash[staying], distance=config.dedup.phash_distance)
+            )
+            if config.dedup.verify:
+                scores = score_pairs(config, rows, decode, staying[pairs], stage, stop)
+                pairs = pairs[scores >= config.dedup.verify_threshold]
+        else:
+            column = "item_id" if reason == "same bytes" else "pixel_hash"
+            values = np.array(rows.table[column].to_pylist(), dtype=object)[staying].astype(str)
+            pairs = _equal_pairs(values)
+        of = representatives(
+            components(len(staying), pairs), rows.area[staying], rows.num_bytes[staying], rows.ids[staying]
+        )
+        copies = of != np.arange(len(of))
+        removed.append((staying[copies], staying[of[copies]], reason))
+        staying = staying[~copies]
+    table = pa.concat_tables(
+        pa.table({"row": row, "of": of, "reason": [reason] * len(row)}, schema=SCHEMA) for row, of, reason in removed
+    )
+    write_table(stage.file("duplicates.parquet"), table)
+    counts = {reason: len(row) for row, _, reason in removed}
+    say(f"exact: {len(pool)} images, {', '.join(f'{count} {reason}' for reason, count in counts.items())}")
+    stage.finish(**{"in": len(pool), "out": len(staying), **counts})
+
+
+def remaining(rows: Rows, exact: Stage) -> np.ndarray:
+    """Pool rows left after the exact stage; sorted int64."""
+    gone = exact.table("duplicates.parquet")["row"].to_numpy()
+    return np.setdiff1d(rows.of("pool"), gone)
+
+
+def _equal_pairs(values: np.ndarray) -> np.ndarray:
+    """A pair for each value that occurred before, with its first occurrence."""
+    _, first, which = np.unique(values, return_index=True, return_inverse=True)
+    pairs = np.stack([first[which], np.arange(len(values))], axis=1)
+    return pairs[pairs[:, 0] != pairs[:, 1]]

@@ -1,0 +1,185 @@
+"""What became of every input image: one row each, with the reason and the witness. And the funnel."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from runtime.config import to_dict
+from runtime.environment import package_versions
+from runtime.files import sha256, write_json, write_table
+
+from .config import CurateConfig, result_hash
+from .embed import Vectors
+from .join import cosines
+from .rows import Rows
+from .stage import Stage
+
+FATES = ("kept", "rejected", "duplicate", "leak", "not_selected")
+
+# Contract with everyone who reads our results (docs/formats.md); a change needs a version number.
+SCHEMA = pa.schema(
+    [
+        ("item_id", pa.string()),  # content hash, hex; null where the file could not be read
+        ("source", pa.string()),
+        ("key", pa.string()),
+        ("fate", pa.string()),  # one of FATES
+        ("reason", pa.string()),
+        ("witness_id", pa.string()),  # the image kept in its stead, or the evaluation image
+        ("witness_source", pa.string()),
+        ("cosine", pa.float32()),  # to the witness
+        ("group_id", pa.string()),  # item_id of the image that stays for the group; null outside groups
+        ("seed_set", pa.string()),  # of the seed that retrieved it from nearest
+        ("rank", pa.int32()),  # among that seed's neighbours; 0 is the nearest
+        ("cluster_id", pa.int64()),
+        ("shard", pa.string()),
+        ("width", pa.int32()),  # upright pixels
+        ("height", pa.int32()),
+    ]
+)
+
+
+@dataclass
+class Fates:
+    """What happens to each of N rows, filled stage by stage; the first verdict stands."""
+
+    fate: np.ndarray  # object [N]; None: still in
+    reason: np.ndarray  # object [N]
+    witness: np.ndarray  # int64 [N]; -1: none
+    cosine: np.ndarray  # float32 [N]; nan: none
+
+    def remove(self, rows: np.ndarray, fate: str, reason: Any, witness: Any = -1, cosine: Any = np.nan) -> None:
+        """Give a fate to those of the rows that have none yet. Arrays are aligned with `rows`."""
+        reason, witness, cosine = (np.broadcast_to(np.asarray(x), len(rows)) for x in (reason, witness, cosine))
+        still = np.array([self.fate[row] is None for row in rows], dtype=bool)
+        at = rows[still]
+        self.fate[at], self.reason[at] = fate, reason[still]
+        self.witness[at], self.cosine[at] = witness[still], cosine[still]
+
+
+def write_manifest(
+    config: CurateConfig, rows: Rows, stages: dict[str, Stage], vectors: Vectors, shard_of: dict[int, str]
+) -> pa.Table:
+    """Write `manifest.parquet`, rows ordered by (source, key). `stages`: those that ran, by name."""
+    num_rows = len(rows.ids)
+    fates = Fates(
+        fate=np.full(num_rows, None, dtype=object),
+        reason=np.full(num_rows, None, dtype=object),
+        witness=np.full(num_rows, -1),
+        cosine=np.full(num_rows, np.nan, dtype=np.float32),
+    )
+    bad = np.flatnonzero(~rows.good)
+    fates.remove(bad, "rejected", np.array(rows.table["reason"].to_pylist(), dtype=object)[bad])
+    group = np.full(num_rows, -1)
+    _fill_leaks(fates, stages)
+    _fill_duplicates(fates, group, rows, stages, vectors)
+    seed_set = np.full(num_rows, None, dtype=object)
+    rank = np.full(num_rows, -1)
+    if "retrieve" in stages:
+        selection = stages["retrieve"].table("selection.parquet")
+        selected = selection["row"].to_numpy()
+        seed_set[selected] = selection["seed_set"].to_pylist()
+        rank[selected] = selection["rank"].to_numpy()
+        fates.remove(np.setdiff1d(np.arange(num_rows), selected), "not_selected", "not retrieved by any seed")
+    fates.remove(np.arange(num_rows), "kept", None)
+    pool = np.flatnonzero(rows.role == "pool")
+    table = _table(rows, fates, group, seed_set, rank, shard_of, pool)
+    write_table(Path(config.out) / "manifest.parquet", table)
+    return table
+
+
+def read_manifest(out: Path) -> pa.Table:
+    """The manifest of a finished run."""
+    return pq.read_table(out / "manifest.parquet")
+
+
+def write_summary(config: CurateConfig, stages: dict[str, Stage], skipped: dict[str, str], manifest: pa.Table) -> None:
+    """Write `summary.json`: the funnel, thresholds, measured recall, times, versions, hashes."""
+    fates = manifest["fate"].to_pylist()
+    reports = {name: stage.report() for name, stage in stages.items()}
+    remaining = len(fates)
+    funnel = [{"stage": "items", "in": remaining, "out": remaining, "removed": {}}]
+    for name, fate in (("decode", "rejected"), ("dedup", "duplicate"), ("guard", "leak"), ("retrieve", "not_selected")):
+        reasons = [r for f, r in zip(fates, manifest["reason"].to_pylist(), strict=True) if f == fate]
+        removed = {reason: reasons.count(reason) for reason in sorted(set(reasons))}
+        funnel.append({"stage": name, "in": remaining, "out": remaining - len(reasons), "removed": removed})
+        remaining -= len(reasons)
+    out = Path(config.out)
+    summary = {
+        "images": len(fates),
+        "fates": {fate: fates.count(fate) for fate in FATES},
+        "funnel": funnel,
+        "skipped": skipped,
+        "thresholds": {
+            "dedup": to_dict(config)["dedup"],
+            "guard": {"threshold": config.guard.threshold, "k": config.guard.k},
+            "retrieval": to_dict(config)["retrieval"],
+        },
+        "pair_recall": reports["dedup"]["counts"]["pair_recall"],
+        "stages": {name: report["counts"] for name, report in reports.items()},
+        "seconds": {name: report["seconds"] for name, report in reports.items()},
+        "versions": package_versions(),
+        "config_hash": result_hash(config),
+        "manifest_sha256": sha256(out / "manifest.parquet"),
+    }
+    write_json(out / "summary.json", summary)
+
+
+def _fill_leaks(fates: Fates, stages: dict[str, Stage]) -> None:
+    if "guard" not in stages:
+        return
+    leaks = stages["guard"].table("leaks.parquet")
+    direct = leaks["direct"].to_numpy(zero_copy_only=False)
+    reason = np.where(direct, "copy of an evaluation image", "in a group with a copy of an evaluation image")
+    cosine = leaks["cosine"].fill_null(np.nan).to_numpy()
+    fates.remove(leaks["row"].to_numpy(), "leak", reason.astype(object), leaks["witness"].to_numpy(), cosine)
+
+
+def _fill_duplicates(fates: Fates, group: np.ndarray, rows: Rows, stages: dict[str, Stage], vectors: Vectors) -> None:
+    """Copies and near-duplicates with the image that stays; `group` becomes the row that stays, -1 outside groups."""
+    groups = stages["dedup"].table("groups.parquet")
+    gone, stays = groups["row"].to_numpy(), groups["of"].to_numpy()
+    group[gone], group[stays] = stays, stays
+    copies = stages["exact"].table("duplicates.parquet")
+    reason = np.full(len(group), "near-duplicate", dtype=object)
+    reason[copies["row"].to_numpy()] = copies["reason"].to_pylist()
+    embedded = np.arange(len(group))  # an exact copy has the vector of the copy that was embedded
+    for row, of in zip(*(copies[name].to_pylist()[::-1] for name in ("row", "of")), strict=True):
+        embedded[row] = embedded[of]
+    pairs = np.searchsorted(vectors.rows, np.stack([embedded[gone], embedded[stays]], axis=1))
+    fates.remove(gone, "duplicate", reason[gone], stays, cosines(vectors.values, vectors.values, pairs))
+
+
+def _table(
+    rows: Rows,
+    fates: Fates,
+    group: np.ndarray,
+    seed_set: np.ndarray,
+    rank: np.ndarray,
+    shard_of: dict[int, str],
+    pool: np.ndarray,
+) -> pa.Table:
+    ids = rows.table["item_id"].to_pylist()
+    sources = rows.table["source"].to_pylist()
+    columns = {
+        "item_id": [ids[row] for row in pool],
+        "source": [sources[row] for row in pool],
+        "key": rows.table["key"].take(pa.array(pool)).to_pylist(),
+        "fate": fates.fate[pool].tolist(),
+        "reason": fates.reason[pool].tolist(),
+        "witness_id": [ids[w] if w >= 0 else None for w in fates.witness[pool]],
+        "witness_source": [sources[w] if w >= 0 else None for w in fates.witness[pool]],
+        "cosine": pa.array(fates.cosine[pool], mask=np.isnan(fates.cosine[pool])),
+        "group_id": [ids[g] if g >= 0 else None for g in group[pool]],
+        "seed_set": seed_set[pool].tolist(),
+        "rank": [int(r) if r >= 0 else None for r in rank[pool]],
+        "cluster_id": pa.nulls(len(pool), pa.int64()),
+        "shard": [shard_of.get(int(row)) for row in pool],
+        "width": rows.table["width"].take(pa.array(pool)),
+        "height": rows.table["height"].take(pa.array(pool)),
+    }
+    return pa.table({name: pa.chunked_array([c]) if not isinstance(c, list | pa.Array | pa.ChunkedArray) else c
+                     for name, c in columns.items()}, schema=SCHEMA)  # fmt: skip

@@ -1,0 +1,70 @@
+"""Pixel verification of many pairs: units of pairs in worker processes, or on the GPU where there is one."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+
+from runtime.files import write_table
+from runtime.progress import Progress
+from runtime.signals import StopRequest
+from runtime.world import choose_device
+
+from .config import CurateConfig
+from .pool import run_units
+from .rows import Rows, read_thumbs, thumb_files
+from .stage import Stage
+from .verify import verify_pairs
+
+UNIT = 4096  # pairs
+
+
+@dataclass(frozen=True, eq=False)
+class ScoreUnit:
+    """Pairs to verify, to become one part of a stage."""
+
+    table: Path
+    thumbs: tuple[Path, ...]
+    rows: np.ndarray  # int64 [N]: the rows that occur in the pairs, sorted
+    aspect: np.ndarray  # float32 [N]
+    pairs: np.ndarray  # int64 [E, 2], into `rows`
+    device: str
+
+    def __repr__(self) -> str:
+        return f"verification {self.table.stem}"
+
+
+def score_pairs(
+    config: CurateConfig, rows: Rows, decode: Stage, pairs: np.ndarray, stage: Stage, stop: StopRequest | None
+) -> np.ndarray:
+    """Agreement of each pair of rows (int64 [E, 2], sorted), 0 to 1; float32 [E]. Finished parts are read back."""
+    device = choose_device(config.device)
+    files, aspect = tuple(thumb_files(decode)), rows.aspect
+    units = []
+    for index, start in enumerate(range(0, len(pairs), UNIT)):
+        used, local = np.unique(pairs[start : start + UNIT], return_inverse=True)
+        units.append(ScoreUnit(stage.part(index), files, used, aspect[used], local.reshape(-1, 2), str(device)))
+    waiting = [unit for unit in units if not unit.table.is_file()]
+    done = len(pairs) - sum(len(unit.pairs) for unit in waiting)
+    # One process feeds a GPU best; small work is not worth starting processes that import torch.
+    workers = 0 if device.type == "cuda" or len(waiting) <= 1 else config.workers
+    if waiting:
+        with Progress(f"{stage.name}: verify", total=len(pairs), unit="pairs", done=done) as progress:
+            for unit, _ in run_units(score_unit, waiting, workers=workers, stop=stop):
+                progress.advance(len(unit.pairs))
+    return np.concatenate([np.empty(0, np.float32), *(pq.read_table(u.table)["score"].to_numpy() for u in units)])
+
+
+def score_unit(unit: ScoreUnit) -> None:
+    """Write the scores of one unit."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # many small operations; and the same sums whatever the number of workers
+    try:
+        thumbs = read_thumbs(unit.thumbs, unit.rows)
+        scores = verify_pairs(thumbs, unit.aspect, unit.pairs, torch.device(unit.device))
+    finally:
+        torch.set_num_threads(threads)
+    write_table(unit.table, pa.table({"score": scores}))

@@ -1,0 +1,259 @@
+"""WebDataset shards of original bytes: copied by offset, named by content, the same bytes on every run.
+
+A sample is `<content id>.<extension>` and its sidecars. Beside each tar lies `.idx` (a parquet table of offsets, for
+random access), beside all of them `manifest.json` with sizes and check sums.
+"""
+
+import hashlib
+import json
+import tarfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from imaging.decode import IMAGE_EXTENSIONS, Rejected, decode
+from runtime.errors import UserError
+from runtime.files import locate, read_json, replacing, require_space, sha256, write_json, write_table, write_text
+from runtime.progress import Progress
+from runtime.seeding import generator
+from runtime.signals import StopRequest
+from runtime.tars import Member, group_samples, scan_tar
+
+from .config import CurateConfig, result_hash
+from .hashes import content_id
+from .items import read_bytes
+from .pool import run_units
+from .rows import Rows
+
+VERSION = 1  # of the folder's layout
+BLOCK = tarfile.BLOCKSIZE
+INDEX = pa.schema([("key", pa.string()), ("extension", pa.string()), ("offset", pa.int64()), ("length", pa.int64())])
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Bytes to copy into a shard."""
+
+    extension: str
+    source: str
+    offset: int
+    length: int
+
+
+@dataclass(frozen=True)
+class Sample:
+    """An image (first piece) and its sidecars."""
+
+    item_id: str
+    pieces: tuple[Piece, ...]
+
+    @property
+    def size(self) -> int:
+        """Bytes in a tar: header and padding included."""
+        return sum(BLOCK + -(-piece.length // BLOCK) * BLOCK for piece in self.pieces)
+
+
+@dataclass(frozen=True)
+class ShardUnit:
+    """One shard to write."""
+
+    path: Path  # of the tar
+    samples: tuple[Sample, ...]
+
+
+def write_shards(
+    config: CurateConfig, rows: Rows, chosen: np.ndarray, folder: Path, *, stop: StopRequest | None
+) -> dict[int, str]:
+    """Write the chosen rows as shards into `folder` and return the shard's name for each row.
+
+    The order is shuffled by config.seed and depends on nothing but the content ids. A shard appears only when it is
+    whole; those that are there already, of the same selection, are kept.
+    """
+    samples = _samples(rows, chosen)
+    order = np.argsort(rows.ids[chosen])
+    order = order[generator(config.seed, "shard order").permutation(len(order))]
+    groups = _cut([samples[i] for i in order], config)
+    units = [ShardUnit(folder / f"train-{number:06d}.tar", tuple(group)) for number, group in enumerate(groups)]
+    _claim(folder, [[sample.item_id for sample in group] for group in groups])
+    waiting = [unit for unit in units if not unit.path.with_suffix(".idx").is_file()]
+    require_space(folder, sum(sample.size for unit in waiting for sample in unit.samples), what="writing shards")
+    done = len(chosen) - sum(len(unit.samples) for unit in waiting)
+    with Progress("shards", total=len(chosen), unit="images", done=done) as progress:
+        for unit, _ in run_units(write_shard, waiting, workers=config.workers, stop=stop):
+            progress.advance(len(unit.samples))
+    write_json(folder / "manifest.json", _manifest(config, units))
+    names = {sample.item_id: unit.path.name for unit in units for sample in unit.samples}
+    return {int(row): names[rows.ids[row]] for row in chosen}
+
+
+def write_shard(unit: ShardUnit) -> None:
+    """Write one tar and its index. Raises UserError when a source has changed since it was decoded."""
+    index = []
+    with replacing(unit.path) as temporary, temporary.open("wb") as tar:
+        for sample in unit.samples:
+            for number, piece in enumerate(sample.pieces):
+                data = read_bytes(piece.source, piece.offset, piece.length)
+                if len(data) != piece.length or (number == 0 and content_id(data) != sample.item_id):
+                    raise UserError(
+                        f"source: {piece.source} has changed since it was decoded; start with another out=..."
+                    )
+                tar.write(_header(f"{sample.item_id}.{piece.extension}", len(data)))
+                index.append((sample.item_id, piece.extension, tar.tell(), len(data)))
+                tar.write(data + bytes(-len(data) % BLOCK))
+        tar.write(bytes(2 * BLOCK))
+    columns = list(zip(*index, strict=True))
+    write_table(unit.path.with_suffix(".idx"), pa.table([pa.array(c) for c in columns], schema=INDEX))  # says: done
+
+
+def inspect_shards(paths: Sequence[str]) -> dict[str, Any]:
+    """What tars hold (ours or anyone's): samples, members and bytes by extension, problems. `paths`: tars or folders."""
+    tars = _tars(paths)
+    summary: dict[str, Any] = {"shards": len(tars), "samples": 0, "bytes": 0, "members": {}, "problems": []}
+    for tar in tars:
+        members, problem = scan_tar(tar)
+        samples, problems = group_samples(members)
+        summary["samples"] += len(samples)
+        summary["bytes"] += tar.stat().st_size
+        for member in members:
+            summary["members"][member.extension] = summary["members"].get(member.extension, 0) + 1
+        summary["problems"] += [f"{tar.name}: {line}" for line in ([problem] if problem else []) + problems]
+    summary["members"] = dict(sorted(summary["members"].items()))
+    return summary
+
+
+def verify_shards(folder: Path) -> list[str]:
+    """Problems of a shard folder of ours, one line each; none when every check sum, offset and image is right."""
+    if not (folder / "manifest.json").is_file():
+        raise UserError(f"shards: no manifest.json in {folder}; `troodon shards inspect` reads anyone's tars")
+    manifest = read_json(folder / "manifest.json")
+    if manifest["version"] != VERSION:
+        raise UserError(f"shards: {folder} has version {manifest['version']}; this program reads {VERSION}")
+    problems = []
+    seen: set[str] = set()
+    for entry in manifest["shards"]:
+        tar = folder / entry["name"]
+        problems += [f"{entry['name']}: {line}" for line in _verify_shard(tar, entry, seen)]
+    extra = {path.name for path in folder.glob("*.tar")} - {entry["name"] for entry in manifest["shards"]}
+    return problems + [f"{name}: not in manifest.json" for name in sorted(extra)]
+
+
+def _verify_shard(tar: Path, entry: dict[str, Any], seen: set[str]) -> list[str]:
+    index = tar.with_suffix(".idx")
+    if not tar.is_file() or not index.is_file():
+        return ["missing" if not tar.is_file() else "its .idx is missing"]
+    problems = []
+    if sha256(tar) != entry["sha256"]:
+        problems.append("check sum differs from manifest.json")
+    if sha256(index) != entry["index_sha256"]:
+        problems.append("check sum of its .idx differs from manifest.json")
+    members, problem = scan_tar(tar)
+    if problem:
+        problems.append(problem)
+    listed = [Member(r["key"], r["extension"], f"{r['key']}.{r['extension']}", r["offset"], r["length"])
+              for r in pq.read_table(index).to_pylist()]  # fmt: skip
+    if listed != members:
+        return [*problems, "its .idx does not describe it"]
+    samples, lines = group_samples(members)
+    if len(samples) != entry["samples"]:
+        problems.append(f"{len(samples)} samples, manifest.json says {entry['samples']}")
+    return problems + lines + [line for sample in samples for line in _verify_sample(tar, sample, seen)]
+
+
+def _verify_sample(tar: Path, sample: tuple[Member, ...], seen: set[str]) -> list[str]:
+    image = next((member for member in sample if member.extension in IMAGE_EXTENSIONS), None)
+    if image is None:
+        return [f"{sample[0].key}: no image"]
+    if image.key in seen:
+        return [f"{image.key}: in two shards"]
+    seen.add(image.key)
+    data = read_bytes(str(tar), image.offset, image.length)
+    if content_id(data) != image.key:
+        return [f"{image.key}: its bytes are not those of its name"]
+    try:
+        decode(data, min_side=1)
+    except Rejected as error:
+        return [f"{image.key}: {error}"]
+    return []
+
+
+def _samples(rows: Rows, chosen: np.ndarray) -> list[Sample]:
+    """What to copy for each chosen row."""
+    columns = ["item_id", "extension", "source", "offset", "length", "format", "sidecars"]
+    samples = []
+    for place in rows.table.select(columns).take(pa.array(chosen)).to_pylist():
+        extension = place["extension"]
+        if extension not in IMAGE_EXTENSIONS:  # a file without an extension
+            extension = {"JPEG": "jpg", "TIFF": "tif", "JPEG2000": "jp2"}.get(place["format"], place["format"].lower())
+        image = Piece(extension, place["source"], place["offset"], place["length"])
+        samples.append(Sample(place["item_id"], (image, *(Piece(**sidecar) for sidecar in place["sidecars"]))))
+    return samples
+
+
+def _cut(samples: Sequence[Sample], config: CurateConfig) -> list[list[Sample]]:
+    """The samples of each shard, in order."""
+    groups: list[list[Sample]] = []
+    size = 0
+    for sample in samples:
+        full = groups and (size + sample.size > config.shards.max_bytes or len(groups[-1]) >= config.shards.max_samples)
+        if full or not groups:
+            groups.append([])
+            size = 0
+        groups[-1].append(sample)
+        size += sample.size
+    return groups
+
+
+def _claim(folder: Path, selection: list[list[str]]) -> None:
+    """Make the folder that of this selection: shards of another one are removed."""
+    text = hashlib.sha256(json.dumps(selection).encode()).hexdigest()
+    claim = folder / ".selection"
+    if claim.is_file() and claim.read_text() == text:
+        return
+    for stale in [*folder.glob("train-*.tar"), *folder.glob("train-*.idx"), *folder.glob("manifest.json")]:
+        stale.unlink()
+    write_text(claim, text)
+
+
+def _header(name: str, length: int) -> bytes:
+    """A tar header that says nothing of when and where it was written."""
+    entry = tarfile.TarInfo(name)
+    entry.size, entry.mode, entry.mtime = length, 0o644, 0
+    return entry.tobuf(tarfile.PAX_FORMAT)
+
+
+def _manifest(config: CurateConfig, units: Sequence[ShardUnit]) -> dict[str, Any]:
+    shards = [
+        {
+            "name": unit.path.name,
+            "samples": len(unit.samples),
+            "bytes": unit.path.stat().st_size,
+            "sha256": sha256(unit.path),
+            "index_sha256": sha256(unit.path.with_suffix(".idx")),
+        }
+        for unit in units
+    ]
+    return {
+        "version": VERSION,
+        "samples": sum(len(unit.samples) for unit in units),
+        "shards": shards,
+        "config_hash": result_hash(config),
+        "provenance": {"tool": "troodon curate", "sources": sorted(config.source.paths), "seed": config.seed},
+    }
+
+
+def _tars(paths: Sequence[str]) -> list[Path]:
+    tars: list[Path] = []
+    for path in paths:
+        place = locate(path)
+        if not place.exists():
+            raise UserError(f"shards: no file or folder {path}")
+        found = sorted(place.glob("*.tar")) if place.is_dir() else [place]
+        if not found:
+            raise UserError(f"shards: no .tar in {path}")
+        tars += found
+    return tars
