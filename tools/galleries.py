@@ -36,6 +36,7 @@ class PictureSet:
 
     label: str
     pictures: list[Picture]
+    mark: str = ""  # style of the label: drop
 
 
 @dataclass(frozen=True)
@@ -84,10 +85,14 @@ def read_curation(folder: Path) -> Curation:
     manifest = pq.read_table(folder / "manifest.parquet")
     fates = count(manifest["fate"])
     album = Album()
-    galleries = [duplicate_groups(manifest, album), leaks(manifest, album)]
-    places = Places(folder / "stages" / "items")
-    galleries[1:1] = near_misses(folder / "stages" / "dedup" / "edges.parquet", places, album)
-    galleries += neighbours(folder / "stages" / "retrieve" / "neighbours.parquet", places, album)
+    stages = folder / "stages"
+    places = Places(stages / "items")
+    galleries = [
+        duplicate_groups(manifest, album),
+        *near_misses(stages / "dedup" / "edges.parquet", places, album),
+        leaks(manifest, stages / "guard" / "leaks.parquet", places, album),
+        *neighbours(stages / "retrieve" / "neighbours.parquet", places, album),
+    ]
     return Curation(
         came=len(manifest),
         kept=fates.get("kept", 0),
@@ -142,7 +147,10 @@ def duplicate_groups(manifest: pa.Table, album: Album) -> Gallery:
         rows = sorted(copies.filter(pc.field("group_id") == group).to_pylist(), key=lambda row: -_cosine(row))
         witnesses = sorted({row["witness_id"] for row in rows})
         kept = manifest.filter(pc.field("item_id").isin(witnesses) & (pc.field("fate") != "duplicate"))
-        pictures = [album.picture(row["source"], row["key"], "stays", mark="keep") for row in kept.to_pylist()]
+        pictures = [
+            album.picture(row["source"], row["key"], row["fate"].replace("_", " "), mark=row["fate"])
+            for row in kept.to_pylist()
+        ]
         pictures += [album.picture(row["source"], row["key"], _how(row), mark="drop") for row in rows[:GROUP_SIZE]]
         more = f", {len(rows) - GROUP_SIZE} of them not shown" if len(rows) > GROUP_SIZE else ""
         sets.append(PictureSet(f"{len(rows)} left out{more}", pictures))
@@ -150,7 +158,7 @@ def duplicate_groups(manifest: pa.Table, album: Album) -> Gallery:
         "duplicates",
         "Duplicates",
         "Duplicates",
-        f"{len(copies)} images were left out because a copy of them stays. The framed image of a group stands for the "
+        f"{len(copies)} images were left out because a copy of them stays. The first image of a group stands for the "
         f"others; under those, their cosine to it, or what gave them away before a model looked.",
         sets,
         f"{len(sizes) - GROUPS} smaller groups are not shown." if len(sizes) > GROUPS else "",
@@ -165,35 +173,40 @@ def near_misses(path: Path, places: Places, album: Album) -> list[Gallery]:
     score, cosine = (edges[name].to_numpy(zero_copy_only=False) for name in ("score", "cosine"))  # null becomes NaN
     edges = edges.append_column("worth", pa.array(np.where(np.isnan(score), cosine, score)))
     sets = []
-    for accepted, verdict, order in ((True, "copies", "ascending"), (False, "kept apart", "descending")):
+    for accepted, verdict, mark, order in (
+        (True, "copies", "drop", "ascending"),
+        (False, "kept apart", "", "descending"),
+    ):
         chosen = edges.filter(pc.field("accepted") == accepted)
         chosen = chosen.sort_by([("worth", order), ("row_a", "ascending"), ("row_b", "ascending")])
         for edge in chosen.slice(0, PAIRS // 2).to_pylist():
             pictures = [album.picture(*places[edge[name]], "") for name in ("row_a", "row_b")]
             agreement = "" if edge["score"] is None else f" · agreement {edge['score']:.3f}"
-            sets.append(PictureSet(f"{verdict} · cosine {edge['cosine']:.3f}{agreement}", pictures))
+            sets.append(PictureSet(f"{verdict} · cosine {edge['cosine']:.3f}{agreement}", pictures, mark))
     why = (
-        "The least sure decisions: pairs that just counted as copies, then pairs that were just kept apart. Where they "
-        "look wrong, the threshold is. Agreement is that of the pictures laid on each other, 0 to 1."
+        "The least sure decisions: pairs that just counted as copies, then pairs that were just kept apart. Agreement "
+        "is that of the two pictures laid on each other, 0 to 1. If they look wrong, move dedup.verify_threshold (or "
+        "dedup.threshold, where pictures are not compared)."
     )
     return [Gallery("threshold", "Threshold", "Close calls", why, sets, "")]
 
 
-def leaks(manifest: pa.Table, album: Album) -> Gallery:
-    """Pool images that were taken out because an evaluation set holds them, each beside its witness."""
+def leaks(manifest: pa.Table, path: Path, places: Places, album: Album) -> Gallery:
+    """Pool images that were taken out because an evaluation set holds them, each beside its witness.
+
+    `path`: the guard stage's own table, which says which member of a tar a witness is.
+    """
     found = manifest.filter(pc.field("fate") == "leak")
     found = found.sort_by([("cosine", "descending"), ("source", "ascending"), ("key", "ascending")])
     shown = found.take(spread(range(len(found)), PAIRS)).to_pylist() if len(found) else []
-    sets = [
-        PictureSet(
-            "",
-            [
-                album.picture(row["source"], row["key"], _how(row), mark="leak"),
-                album.picture(row["witness_source"], row["witness_id"], "evaluation"),
-            ],
-        )
-        for row in shown
-    ]
+    in_tars = any(row["witness_source"].endswith(".tar") for row in shown)
+    members = _witnesses(path, places) if in_tars else {}
+    sets = []
+    for row in shown:
+        source, key = row["source"], row["key"]
+        witness = members.get((source, key), (row["witness_source"], row["witness_id"]))
+        pictures = [album.picture(source, key, _how(row), mark="leak"), album.picture(*witness, "evaluation")]
+        sets.append(PictureSet("", pictures))
     return Gallery(
         "leaks",
         "Leaks",
@@ -203,6 +216,14 @@ def leaks(manifest: pa.Table, album: Album) -> Gallery:
         sets,
         f"{len(sets)} of them, evenly from the surest to the least sure." if len(found) > PAIRS else "",
     )
+
+
+def _witnesses(path: Path, places: Places) -> dict[tuple[str, str], tuple[str, str]]:
+    """Source and key of a leak -> source and key of its evaluation image."""
+    if not places or not path.is_file():
+        return {}
+    table = pq.read_table(path, columns=["row", "witness"]).to_pydict()
+    return {places[row]: places[witness] for row, witness in zip(table["row"], table["witness"], strict=True)}
 
 
 def neighbours(path: Path, places: Places, album: Album) -> list[Gallery]:
@@ -216,7 +237,7 @@ def neighbours(path: Path, places: Places, album: Album) -> list[Gallery]:
         retrieved = table.filter(pc.field("seed_set") == name)
         for seed in spread(sorted(count(retrieved["seed_row"])), SEEDS):
             nearest = retrieved.filter(pc.field("seed_row") == seed).sort_by("rank").slice(0, NEIGHBOURS)
-            pictures = [album.picture(*places[seed], "seed", mark="keep")]
+            pictures = [album.picture(*places[seed], "seed", mark="kept")]
             pictures += [album.picture(*places[row["row"]], f"{row['cosine']:.3f}") for row in nearest.to_pylist()]
             sets.append(PictureSet(name, pictures))
     why = "Framed a seed, beside it the pool images that are nearest to it for the embedder, with their cosine."
@@ -252,5 +273,7 @@ def _cosine(row: Row) -> float:
 
 
 def _how(row: Row) -> str:
-    """The caption of an image that was left out: its cosine to the witness, or what else gave it away."""
-    return f"{row['cosine']:.3f}" if row["cosine"] is not None else str(row["reason"])
+    """The caption of an image that was left out: what gave it away before a model looked, else its cosine."""
+    if row["cosine"] is None:
+        return "by its group"
+    return row["reason"] if str(row["reason"]).startswith("same ") else f"{row['cosine']:.3f}"

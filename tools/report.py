@@ -237,7 +237,7 @@ def contents(
     if curation:
         found += [("funnel", "Funnel"), *((gallery.anchor, gallery.short) for gallery in curation.galleries)]
         found += [("rejects", "Rejects")] if curation.rejects else []
-    found += [(training.anchor, training.title) for training in trainings]
+    found += [(training.anchor, training.title.removesuffix(" embedder")) for training in trainings]
     return [*found, ("next", "What next"), ("config", "Config")]
 
 
@@ -246,7 +246,7 @@ def tiles(curation: Curation | None, knn: KnnTable | None, times: dict[str, floa
     found = []
     if curation:
         found += [Tile(str(curation.came), "images in"), Tile(str(curation.kept), "kept for training")]
-        found += [Tile(str(count), name) for name, count in curation.left_out.items() if count]
+        found += [Tile(str(curation.left_out[name]), name) for name in ("duplicates", "leaks")]
     if knn:
         found += [Tile(row.cells[0].text, f"{knn.ks[0]}-NN, {row.name}") for row in knn.rows if row.ours][:2]
     if times:

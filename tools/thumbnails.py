@@ -23,7 +23,7 @@ class Picture:
     uri: str
     caption: str
     alt: str
-    mark: str = ""  # style of the caption: keep, drop, leak
+    mark: str = ""  # style of frame and caption: kept, drop, leak
 
 
 class Album:

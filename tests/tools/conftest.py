@@ -32,19 +32,20 @@ def manifest_rows() -> list[dict]:
                 }  # fmt: skip
     for index, row in enumerate(rows.values()):
         if index % 5 == 0:
-            row.update(fate="not_selected", reason="not near a seed", shard=None)
+            row.update(fate="not_selected", reason="not retrieved by any seed", shard=None)
     bases = {row["group"]: row["key"] for row in truth("duplicates") if row["is_base"] == "1"}
     for copy in truth("duplicates"):
         if copy["is_base"] == "0" and copy["group"] in bases:
             rows[bases[copy["group"]]].update(fate="kept", shard="train-000000.tar")
             rows[copy["key"]].update(
-                fate="duplicate", reason="embedding", witness_id=rows[bases[copy["group"]]]["item_id"],
-                cosine=float(copy["thumb_similarity"]), group_id=int(copy["group"][1:]), shard=None,
+                fate="duplicate", reason="near-duplicate", witness_id=rows[bases[copy["group"]]]["item_id"],
+                cosine=float(copy["thumb_similarity"]), group_id=rows[bases[copy["group"]]]["item_id"], shard=None,
             )  # fmt: skip
     for leak in truth("leaks"):
         rows[leak["key"]].update(
-            fate="leak", reason="guard", witness_id=leak["eval_file"].replace("/", "_"), group_id=None,
-            witness_source=f"embedded:{leak['eval_file']}", cosine=float(leak["thumb_similarity"]), shard=None,
+            fate="leak", reason="copy of an evaluation image", witness_id=leak["eval_file"].replace("/", "_"),
+            group_id=None, witness_source=f"embedded:{leak['eval_file']}",
+            cosine=float(leak["thumb_similarity"]), shard=None,
         )  # fmt: skip
     odd = [row for row in csv.DictReader(locate("embedded:corrupt/truth.csv").open()) if row["reason"]]
     rejected = [
