@@ -123,6 +123,7 @@ def _timm_names(weights: dict[str, Tensor]) -> dict[str, Tensor]:
 
 def _load_timm(config: EmbedConfig, name: str) -> Embedder:
     import timm
+    from timm.data.config import resolve_model_data_config
 
     name, _, checkpoint = name.partition("@")
     if not timm.is_model(name.split(".")[0]):
@@ -142,7 +143,7 @@ def _load_timm(config: EmbedConfig, name: str) -> Embedder:
             f"embed.model: cannot get the weights of timm:{name} ({type(error).__name__})\n  with no network give "
             f"embed.model=timm:{name}@/path/to/weights.safetensors, or embed.model=bootstrap, which needs no download"
         ) from error
-    data = timm.data.resolve_model_data_config(model)
+    data = resolve_model_data_config(model)
     return Embedder(model, data["mean"], data["std"])
 
 

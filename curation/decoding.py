@@ -137,13 +137,12 @@ def _finish(items: Stage, stage: Stage) -> None:
     reasons = np.array([reason or "" for reason in stage.table()["reason"].to_pylist()])
     counts = {}
     for role in ("pool", "seed", "guard"):
-        words, numbers = np.unique(reasons[roles == role], return_counts=True)
-        counts[role] = {str(word) or "good": int(number) for word, number in zip(words, numbers, strict=True)}
+        found, numbers = np.unique(reasons[roles == role], return_counts=True)
+        counts[role] = {str(word) or "good": int(number) for word, number in zip(found, numbers, strict=True)}
         bad = {word: number for word, number in counts[role].items() if word != "good"}
         if bad:
-            say(
-                f"decode: {sum(bad.values())} of {role} rejected ({', '.join(f'{n} {word}' for word, n in bad.items())})"
-            )
+            words = ", ".join(f"{number} {word}" for word, number in bad.items())
+            say(f"decode: {sum(bad.values())} of {role} rejected ({words})")
         if role == "pool" and "good" not in counts[role]:
             detail = stage.table()["detail"].to_pylist()[int(np.flatnonzero(roles == role)[0])]
             raise UserError(f"source.paths: none of {sum(bad.values())} images can be used\n  the first: {detail}")

@@ -57,10 +57,9 @@ def dedup_stage(
     else:
         score = np.full(len(pairs), np.nan, dtype=np.float32)
         accepted = np.ones(len(pairs), dtype=bool)
-    write_table(
-        stage.file("edges.parquet"), edge_table(chosen[pairs[:, 0]], chosen[pairs[:, 1]], cosine, score, accepted)
-    )
-    _write_groups(rows, exact, chosen[pairs[accepted]], stage)
+    edges = chosen[pairs]
+    write_table(stage.file("edges.parquet"), edge_table(edges, cosine, score, accepted))
+    _write_groups(rows, exact, edges[accepted], stage)
     sample = generator(config.seed, "recall sample").permutation(len(chosen))[:RECALL_SAMPLE]
     found, total = pair_recall(values, neighbours, np.sort(sample), threshold=settings.threshold)
     of = stage.table("groups.parquet")
@@ -81,13 +80,13 @@ def dedup_stage(
     )
 
 
-def edge_table(a: np.ndarray, b: np.ndarray, cosine: np.ndarray, score: np.ndarray, accepted: np.ndarray) -> pa.Table:
-    """Candidate pairs of rows; score is null where pictures were not compared."""
+def edge_table(edges: np.ndarray, cosine: np.ndarray, score: np.ndarray, accepted: np.ndarray) -> pa.Table:
+    """Candidate pairs of rows (int64 [E, 2]); score is null where pictures were not compared."""
     missing = np.isnan(score)
     return pa.table(
         {
-            "row_a": a.astype(np.int64),
-            "row_b": b.astype(np.int64),
+            "row_a": edges[:, 0],
+            "row_b": edges[:, 1],
             "cosine": cosine,
             "score": pa.array(score, mask=missing),
             "accepted": accepted,

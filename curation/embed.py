@@ -5,13 +5,12 @@ N images of the stage, D width of the model, S = embed.size.
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import torch
-from PIL import Image
 
-from imaging.decode import Rejected, decode
 from runtime.errors import UserError
 from runtime.files import require_space, write_array, write_table
 from runtime.progress import Progress, say
@@ -20,52 +19,39 @@ from runtime.world import choose_device
 
 from .backbone import load_embedder
 from .config import CurateConfig
-from .hashes import content_id
-from .items import read_bytes
+from .pixels import PixelUnit, load_pixels
 from .pool import run_units
 from .rows import Rows
 from .stage import Stage
 
 
-@dataclass(frozen=True)
-class PixelUnit:
-    """One batch of images to decode for the model."""
-
-    part: int
-    start: int  # of the batch within the part
-    places: tuple[tuple[str, int, int], ...]  # source, offset, length
-    ids: tuple[str, ...]
-    size: int  # pixels
-    max_pixels: int
-
-
 def embed_stage(config: CurateConfig, rows: Rows, chosen: np.ndarray, stage: Stage, stop: StopRequest | None) -> None:
-    """Embed the chosen rows (sorted int64). Parts: `part-*.npy` float16 [n, D] beside `part-*.parquet` with their rows."""
+    """Embed the chosen rows (sorted int64). Parts: float16 `part-*.npy` [n, D] beside their rows in parquet."""
     stage.open()
     device = choose_device(config.device)
-    embedder = load_embedder(config.embed, stage.folder.parent.parent, device)
-    probe = embedder(torch.zeros(1, 3, config.embed.size, config.embed.size, dtype=torch.uint8, device=device))
-    dim = probe.shape[1]
+    embedder = load_embedder(config.embed, Path(config.out), device)
+    side = config.embed.size
+    dim = embedder(torch.zeros(1, 3, side, side, dtype=torch.uint8, device=device)).shape[1]
     require_space(stage.folder, 2 * dim * len(chosen), what="embedding")
-    say(
-        f"embed: {len(chosen)} images at {config.embed.size} px by {config.embed.model}, {dim} numbers each, on {device}"
-    )
+    say(f"embed: {len(chosen)} images at {side} px by {config.embed.model}, {dim} numbers each, on {device.type}")
     size = config.source.part_size
     slices = [chosen[start : start + size] for start in range(0, len(chosen), size)]
     waiting = [part for part in range(len(slices)) if not stage.part(part).is_file()]
-    done = len(chosen) - sum(len(slices[part]) for part in waiting)
-    with Progress("embed", total=len(chosen), unit="images", done=done) as progress:
-        for part in waiting:  # one at a time: only the batches of a part wait in memory
-            vectors = np.empty((len(slices[part]), dim), dtype=np.float16)
-            units = list(_units(config, rows, slices[part], part))
-            for unit, pixels in run_units(load_pixels, units, workers=config.workers, stop=stop):
-                batch = torch.from_numpy(pixels).to(device)
-                vectors[unit.start : unit.start + len(batch)] = embedder(batch).cpu().numpy()
-                progress.advance(len(batch))
+    units = [unit for part in waiting for unit in _units(config, rows, slices[part], part)]
+    open_parts: dict[int, np.ndarray] = {}
+    left = {part: len(slices[part]) for part in waiting}  # images of a part still to come
+    with Progress("embed", total=len(chosen), unit="images", done=len(chosen) - sum(left.values())) as progress:
+        for unit, pixels in run_units(load_pixels, units, workers=config.workers, stop=stop):
+            part = open_parts.setdefault(unit.part, np.empty((len(slices[unit.part]), dim), dtype=np.float16))
+            vectors = embedder(torch.from_numpy(pixels).to(device)).cpu().numpy()
             if not np.isfinite(vectors).all():
                 raise UserError(f"embed.model: {config.embed.model} gives vectors that are not finite")
-            write_array(stage.part(part, "npy"), vectors)
-            write_table(stage.part(part), pa.table({"row": slices[part]}))  # last: says that the part is done
+            part[unit.start : unit.start + len(vectors)] = vectors
+            left[unit.part] -= len(vectors)
+            if not left[unit.part]:
+                write_array(stage.part(unit.part, "npy"), open_parts.pop(unit.part))
+                write_table(stage.part(unit.part), pa.table({"row": slices[unit.part]}))  # last: the part is done
+            progress.advance(len(vectors))
     stage.finish(images=len(chosen), dim=dim)
 
 
@@ -87,21 +73,6 @@ def read_vectors(stage: Stage) -> Vectors:
     values = np.concatenate(parts)
     values /= np.linalg.norm(values, axis=1, keepdims=True)
     return Vectors(stage.table()["row"].to_numpy(), values)
-
-
-def load_pixels(unit: PixelUnit) -> np.ndarray:
-    """Images of a unit resized to size x size; uint8 [n, 3, size, size]. Raises UserError when a file has changed."""
-    pixels = np.empty((len(unit.places), unit.size, unit.size, 3), dtype=np.uint8)
-    for index, (place, item_id) in enumerate(zip(unit.places, unit.ids, strict=True)):
-        try:
-            data = read_bytes(*place)
-            if content_id(data) != item_id:
-                raise UserError(f"source: {place[0]} has changed since it was decoded; start with another out=...")
-            image, _ = decode(data, max_pixels=unit.max_pixels, min_side=unit.size)
-        except (OSError, Rejected) as error:
-            raise UserError(f"source: {place[0]} was readable before and is not now ({error})") from None
-        pixels[index] = np.asarray(image.resize((unit.size, unit.size), Image.Resampling.BICUBIC))
-    return np.ascontiguousarray(pixels.transpose(0, 3, 1, 2))
 
 
 def _units(config: CurateConfig, rows: Rows, chosen: np.ndarray, part: int) -> Iterator[PixelUnit]:

@@ -53,7 +53,7 @@ def guard_stage(
     else:
         score = np.full(len(pairs), np.nan, dtype=np.float32)
         accepted = np.ones(len(pairs), dtype=bool)
-    write_table(stage.file("edges.parquet"), edge_table(edges[:, 0], edges[:, 1], cosine, score, accepted))
+    write_table(stage.file("edges.parquet"), edge_table(edges, cosine, score, accepted))
     hits = _best_hits(edges[accepted], cosine[accepted], score[accepted])
     leaks = _with_groups(rows, hits, dedup)
     write_table(stage.file("leaks.parquet"), leaks)

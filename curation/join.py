@@ -54,12 +54,12 @@ def self_pairs(pairs: np.ndarray) -> np.ndarray:
 
 
 def cosines(vectors: np.ndarray, others: np.ndarray, pairs: np.ndarray) -> np.ndarray:
-    """Cosine of each pair of unit vectors (float32 [N, D]), itself in float32; [E]."""
+    """Cosine of each pair of unit vectors (float32 [N, D]); float32 [E], at most 1."""
     result = np.empty(len(pairs), dtype=np.float32)
     for start in range(0, len(pairs), CHUNK):
         a, b = pairs[start : start + CHUNK].T
         result[start : start + CHUNK] = np.einsum("ed,ed->e", vectors[a], others[b])
-    return result
+    return result.clip(-1, 1)
 
 
 def pair_recall(vectors: np.ndarray, pairs: np.ndarray, sample: np.ndarray, *, threshold: float) -> tuple[int, int]:

@@ -16,7 +16,8 @@ from .stage import Stage
 def retrieve_stage(config: CurateConfig, rows: Rows, vectors: Vectors, pool: np.ndarray, stage: Stage) -> None:
     """Write `neighbours.parquet` (every retrieval) and `selection.parquet` (every retrieved pool row once).
 
-    pool: the rows to choose from, sorted int64. A pool image that several seeds retrieve is selected once, for the seed closest to it; the others are collisions.
+    pool: the rows to choose from, sorted int64. A pool image that several seeds retrieve is selected once, for the seed
+    closest to it; the others are collisions.
     """
     stage.open()
     seed_rows = rows.of("seed")
@@ -41,12 +42,11 @@ def retrieve_stage(config: CurateConfig, rows: Rows, vectors: Vectors, pool: np.
     order = np.lexsort((seeds, -cosine, pairs[:, 1]))
     first = order[np.flatnonzero(np.diff(pairs[order, 1], prepend=-1))]
     write_table(stage.file("selection.parquet"), table.take(pa.array(first)).sort_by("row"))
-    say(
-        f"retrieve: {len(first)} images for {len(seed_rows)} seeds ({len(pairs) - len(first)} retrieved more than once)"
-    )
+    collisions = len(pairs) - len(first)
+    say(f"retrieve: {len(first)} images for {len(seed_rows)} seeds ({collisions} retrieved more than once)")
     stage.finish(
         **{"in": len(pool), "out": len(first)},
         seeds=len(seed_rows),
         retrieved=len(pairs),
-        collisions=len(pairs) - len(first),
+        collisions=collisions,
     )

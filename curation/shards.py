@@ -32,6 +32,7 @@ from .rows import Rows
 
 VERSION = 1  # of the folder's layout
 BLOCK = tarfile.BLOCKSIZE
+EXTENSIONS = {"JPEG": "jpg", "MPO": "jpg", "TIFF": "tif", "JPEG2000": "jp2"}  # of formats not named like their files
 INDEX = pa.schema([("key", pa.string()), ("extension", pa.string()), ("offset", pa.int64()), ("length", pa.int64())])
 
 
@@ -84,11 +85,12 @@ def write_shards(
     require_space(folder, sum(sample.size for unit in waiting for sample in unit.samples), what="writing shards")
     done = len(chosen) - sum(len(unit.samples) for unit in waiting)
     with Progress("shards", total=len(chosen), unit="images", done=done) as progress:
-        for unit, _ in run_units(write_shard, waiting, workers=config.workers, stop=stop):
+        workers = config.workers if len(waiting) > 1 else 0
+        for unit, _ in run_units(write_shard, waiting, workers=workers, stop=stop):
             progress.advance(len(unit.samples))
     write_json(folder / "manifest.json", _manifest(config, units))
     names = {sample.item_id: unit.path.name for unit in units for sample in unit.samples}
-    return {int(row): names[rows.ids[row]] for row in chosen}
+    return {int(row): names[str(rows.ids[row])] for row in chosen}
 
 
 def write_shard(unit: ShardUnit) -> None:
@@ -111,7 +113,7 @@ def write_shard(unit: ShardUnit) -> None:
 
 
 def inspect_shards(paths: Sequence[str]) -> dict[str, Any]:
-    """What tars hold (ours or anyone's): samples, members and bytes by extension, problems. `paths`: tars or folders."""
+    """What tars or folders of tars hold, ours or anyone's: samples, bytes, members by extension, problems."""
     tars = _tars(paths)
     summary: dict[str, Any] = {"shards": len(tars), "samples": 0, "bytes": 0, "members": {}, "problems": []}
     for tar in tars:
@@ -186,9 +188,9 @@ def _samples(rows: Rows, chosen: np.ndarray) -> list[Sample]:
     columns = ["item_id", "extension", "source", "offset", "length", "format", "sidecars"]
     samples = []
     for place in rows.table.select(columns).take(pa.array(chosen)).to_pylist():
-        extension = place["extension"]
+        extension: str = place["extension"]
         if extension not in IMAGE_EXTENSIONS:  # a file without an extension
-            extension = {"JPEG": "jpg", "TIFF": "tif", "JPEG2000": "jp2"}.get(place["format"], place["format"].lower())
+            extension = EXTENSIONS.get(place["format"], place["format"].lower())
         image = Piece(extension, place["source"], place["offset"], place["length"])
         samples.append(Sample(place["item_id"], (image, *(Piece(**sidecar) for sidecar in place["sidecars"]))))
     return samples

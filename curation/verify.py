@@ -56,7 +56,9 @@ def _verify(images: Tensor, aspect: Tensor, a: Tensor, b: Tensor) -> Tensor:
     blurred = F.avg_pool2d(sharp[:, None], 3, stride=1, padding=1, count_include_pad=False)[:, 0]
     parts = [spectra(*chunk) for chunk in zip(images.split(BATCH), aspect.split(BATCH), strict=True)]
     transformed = Spectra(
-        *(torch.cat(values, 1) for values in zip(*((p.values, p.energy, p.size) for p in parts), strict=True))
+        values=torch.cat([part.values for part in parts], 1),
+        energy=torch.cat([part.energy for part in parts], 1),
+        size=torch.cat([part.size for part in parts], 1),
     )
     scores = torch.zeros(len(a), device=a.device)
     for start in range(0, len(a), BATCH):

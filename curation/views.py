@@ -70,17 +70,15 @@ def view_pairs(queries: np.ndarray, base: np.ndarray, *, k: int) -> np.ndarray:
 def _merge(
     best: np.ndarray, index: np.ndarray, similarity: np.ndarray, found: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The k best distinct images of two result lists [Q, k]."""
+    """The k best distinct images of two result lists, similarity and index [Q, k] each."""
     k = best.shape[1]
     similarity, found = np.concatenate([best, similarity], 1), np.concatenate([index, found], 1)
-    order = np.lexsort((found, -similarity), axis=1)
+    order = np.lexsort((found, -similarity))
     similarity, found = np.take_along_axis(similarity, order, 1), np.take_along_axis(found, order, 1)
-    again = np.tril(found[:, :, None] == found[:, None, :], -1).any(2)  # the same image ranks higher already
+    again = np.tril(found[:, :, None] == found[:, None, :], -1).any(2)  # ranks higher already
+    similarity, found = np.where(again, -np.inf, similarity), np.where(again, -1, found)
     order = np.argsort(again, axis=1, kind="stable")[:, :k]
-    similarity, again = np.take_along_axis(similarity, order, 1), np.take_along_axis(again, order, 1)
-    return np.where(again, -np.inf, similarity).astype(np.float32), np.where(
-        again, -1, np.take_along_axis(found, order, 1)
-    )
+    return np.take_along_axis(similarity, order, 1).astype(np.float32), np.take_along_axis(found, order, 1)
 
 
 def _local_contrast(images: Tensor) -> Tensor:
