@@ -167,9 +167,7 @@ def find_folders(run: Path) -> Folders:
         raise UserError(f"report: no folder {run}\n  give the out= of a run, for example runs/quickstart")
     curation = next((folder for folder in (run / "curate", run) if (folder / "manifest.parquet").is_file()), None)
     trainings = {"Training": run, "Pretraining": run / "pretrain"}
-    for students in (run / "distill", run):
-        trainings |= {f"Student {folder.name}": folder for folder in sorted(students.glob("*")) if folder.name not in
-                      ("pretrain", "distill", "curate")}  # fmt: skip
+    trainings |= {f"Student {folder.name}": folder for folder in students(run / "distill") + students(run)}
     if curation is not None:
         trainings["Bootstrap embedder"] = curation / "bootstrap" / "train"
     trainings = {title: folder for title, folder in trainings.items() if read_metrics(folder)}
@@ -179,6 +177,13 @@ def find_folders(run: Path) -> Folders:
             f"  expected the out= folder of troodon run, curate, pretrain or distill"
         )
     return Folders(run, curation, trainings, run / "evaluate")
+
+
+def students(distillation: Path) -> list[Path]:
+    """Folders of the students of a distillation's folder; none where it is not one."""
+    config = distillation / "config.yaml"
+    listed = (yaml.safe_load(config.read_text()) or {}).get("students", []) if config.is_file() else []
+    return [distillation / student["name"] for student in listed]
 
 
 def build_page(folders: Folders) -> Page:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -252,7 +253,9 @@ def curate(args: argparse.Namespace, stop: StopRequest) -> int:
     stages = args.stages.split(",") if args.stages else None
     if args.dry_run:
         return show_plan(config, [f"curate {', '.join(config.source.paths)} -> {config.out}"])
-    print(pipeline.curate(config, stages=stages, stop=stop))
+    print(pipeline.curate(config, stages=stages, stop=stop), flush=True)
+    if (Path(config.out) / "manifest.parquet").is_file():
+        write_page(config.out)
     return EXIT_DONE
 
 
@@ -264,7 +267,8 @@ def pretrain(args: argparse.Namespace, stop: StopRequest) -> int:
         return show_plan(config, [describe(config)])
     from pretrain.train import pretrain
 
-    print(pretrain(config, stop=stop))
+    print(pretrain(config, stop=stop), flush=True)
+    write_page(config.out)
     return EXIT_DONE
 
 
@@ -275,8 +279,19 @@ def distill(args: argparse.Namespace, stop: StopRequest) -> int:
     from distill.train import distill
 
     for name, folder in distill(config, stop=stop).items():
-        print(f"{name} {folder}")
+        print(f"{name} {folder}", flush=True)
+    write_page(config.out)
     return EXIT_DONE
+
+
+def write_page(out: str) -> None:
+    """The report of a part that was run by itself; of several processes the first writes it."""
+    from runtime.progress import say
+
+    from .report import write_report
+
+    if os.environ.get("RANK", "0") == "0":
+        say(f"report: {write_report(Path(out))}")
 
 
 def show_plan(config: Any, plan: list[str]) -> int:

@@ -108,6 +108,7 @@ def make_run(folder: Path, *, name: str = "example") -> Path:
     write_text(run / "config.yaml", "out: runs/example\nseed: 0\ndedup:\n  threshold: 0.6\n")
     write_json(run / "times.json", {"curate": 61.2, "pretrain": 151.0, "distill": 40.4, "evaluate": 9.8})
     make_training(run / "pretrain", arch="vit_micro", steps=300)
+    write_text(run / "distill" / "config.yaml", "students:\n- {name: small, arch: vit_nano}\n")
     make_training(run / "distill" / "small", arch="vit_nano", steps=150)
     (run / "pretrain" / "exports" / "step-00000300").mkdir(parents=True)
     write_json(run / "evaluate" / "knn.json", [

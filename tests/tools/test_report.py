@@ -126,13 +126,14 @@ def test_funnel_and_counts_agree_with_the_manifest(run_folder):
     assert f"{fates.count('duplicate')} images were left out because a copy" in text
 
 
-def test_a_curation_alone_and_a_training_alone_have_their_page(run_folder):
+def test_each_part_alone_has_its_page(run_folder):
     curated = Page(write_report(run_folder / "curate").read_text())
     assert "duplicates" in curated.ids
     assert "knn" not in curated.ids
     trained = Page(write_report(run_folder / "pretrain").read_text())
     assert "training" in trained.ids
     assert "funnel" not in trained.ids
+    assert "student-small" in Page(write_report(run_folder / "distill").read_text()).ids
 
 
 def test_a_run_that_has_just_begun_has_a_page(run_folder):
@@ -144,6 +145,8 @@ def test_a_run_that_has_just_begun_has_a_page(run_folder):
 def test_a_folder_without_a_run_is_the_users_error(tmp_path):
     with pytest.raises(UserError, match="no folder"):
         find_folders(tmp_path / "absent")
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "metrics.jsonl").write_text('{"step": 1, "loss": 2.0}\n')  # someone's folder below
     with pytest.raises(UserError, match=r"holds no manifest\.parquet"):
         find_folders(tmp_path)
 
