@@ -93,17 +93,15 @@ def box(numbers: list[float], *, width: int, height: int, scale: tuple[float, fl
     return (width - w) // 2, (height - h) // 2, w, h
 
 
-def recolor(crops: Tensor, numbers: np.ndarray, view: View) -> Tensor:
-    """Crops of one kind (uint8 [n, 3, S, S]) flipped, colored and normalised: float32 [n, 3, S, S].
+def recolor(crops: Tensor, numbers: np.ndarray, view: View, *, out: Tensor) -> None:
+    """Write crops of one kind (uint8 [n, 3, S, S]) flipped, colored and normalised to `out` (float32 [n, 3, S, S]).
 
     `numbers` [n, COLOR_NUMBERS] decide over each crop.
     """
-    result = torch.empty(crops.shape, dtype=torch.float32)
     at_once = max(1, PIXELS_AT_ONCE // view.size**2)
     for start in range(0, len(crops), at_once):
         part = slice(start, start + at_once)
-        _recolor(result[part], crops[part], numbers[part], view)
-    return result
+        _recolor(out[part], crops[part], numbers[part], view)
 
 
 def _recolor(images: Tensor, crops: Tensor, numbers: np.ndarray, view: View) -> None:

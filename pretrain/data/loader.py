@@ -9,7 +9,6 @@ import sys
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import groupby
 
 import numpy as np
 import torch
@@ -111,15 +110,17 @@ class Steps(Dataset):
             crops.append(cut(image, drawn[:, :BOX_NUMBERS], recipe))
             numbers.append(drawn[:, BOX_NUMBERS:])
             samples.append(sample)
-        colored = []
-        for view, alike in groupby(range(len(recipe)), key=recipe.__getitem__):
-            chosen = list(alike)
-            pixels = torch.stack([row[i] for i in chosen for row in crops])  # [views alike * B, 3, S, S]
-            colored.append(recolor(pixels, np.stack([row[i] for i in chosen for row in numbers]), view))
-        side = self.crops.local_size
+        global_crops = torch.empty(2 * size, 3, self.crops.global_size, self.crops.global_size)
+        local_crops = torch.empty(self.crops.num_local * size, 3, self.crops.local_size, self.crops.local_size)
+        for chosen, out in ((range(1), global_crops[:size]), (range(1, 2), global_crops[size:]),
+                            (range(2, len(recipe)), local_crops)):  # fmt: skip
+            if chosen:
+                pixels = torch.stack([row[i] for i in chosen for row in crops])  # [views alike * B, 3, S, S]
+                colors = np.stack([row[i] for i in chosen for row in numbers])
+                recolor(pixels, colors, recipe[chosen[0]], out=out)
         return Batch(
-            global_crops=torch.cat(colored[:2]),
-            local_crops=torch.cat([torch.empty(0, 3, side, side), *colored[2:]]),
+            global_crops=global_crops,
+            local_crops=local_crops,
             masks=self.masks(step, slots),
             samples=torch.tensor(samples),
             skipped=tuple(skipped),
