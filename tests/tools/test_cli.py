@@ -2,6 +2,7 @@
 
 import argparse
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -182,7 +183,30 @@ def test_dry_run_leaves_nothing_behind(tmp_path, capsys):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_signal_asks_the_verb_to_stop(tmp_path):
+def test_quickstart_ends_with_the_table_the_report_and_three_commands(monkeypatch, tmp_path, capsys):
+    from tools import pipeline
+
+    def small_run(config, *, stop):
+        (tmp_path / "pretrain" / "exports" / "step-00000009").mkdir(parents=True, exist_ok=True)
+        assert config.out == str(tmp_path)
+        return "the table"
+
+    monkeypatch.setattr(pipeline, "run", small_run)
+    assert cli.main(["quickstart", "--out", str(tmp_path)]) == 0
+    said = capsys.readouterr()
+    assert said.out == "the table\n"
+    assert f"report: {tmp_path}/report.html" in said.err
+    commands = re.findall(r"^  troodon (.*)$", said.err, re.MULTILINE)
+    assert [command.split()[0] for command in commands] == ["run", "evaluate", "export"]
+    for command in commands:
+        cli.parse(command.split())
+    assert "nothing was left to do" not in said.err
+    (tmp_path / "report.html").touch()
+    assert cli.main(["quickstart", "--out", str(tmp_path)]) == 0
+    assert "nothing was left to do" in capsys.readouterr().err
+
+
+def test_a_signal_asks_the_verb_to_stop():
     """SIGTERM ends a verb that looks at its stop request with the status for resumable."""
     script = (
         "import sys, time\n"
