@@ -91,7 +91,9 @@ def run_verb(args: argparse.Namespace) -> int:
 
         check_torch()
     with stop_on_signals() as stop:
-        return args.verb_function(args, stop)
+        status = args.verb_function(args, stop)
+    sys.stdout.flush()  # here, where a closed pipe is still handled
+    return status
 
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
