@@ -27,9 +27,7 @@ lint: $(READY)
 	$(BIN)/pyright
 
 bench: $(READY)
-	@found=0; for script in $(wildcard benchmarks/bench_*.py); do \
-	found=1; echo "$$script"; $(BIN)/python $$script || exit 1; done; \
-	[ $$found = 1 ] || echo "no benchmarks/bench_*.py yet"
+	@set -e; for script in benchmarks/bench_*.py; do echo "$$script"; $(BIN)/python $$script; done
 
 $(READY): pyproject.toml
 	@"$(PYTHON)" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { \

@@ -97,6 +97,7 @@ def add_verbs(verbs: Any) -> None:
         "run a verb as a job of this machine or of a SLURM cluster",
         "troodon launch quickstart --cluster local --wait out=runs/quick\n"
         "troodon launch my.yaml --cluster slurm --verb pretrain --processes 8 --gpus 8 --cpus 12 --partition gpu",
+        needs_torch=True,
     )
     takes_config(verb)
     verb.add_argument("--cluster", required=True, choices=("local", "slurm"))
@@ -267,8 +268,10 @@ def pretrain(args: argparse.Namespace, stop: StopRequest) -> int:
         return show_plan(config, [describe(config)])
     from pretrain.train import pretrain
 
-    print(pretrain(config, stop=stop), flush=True)
-    write_page(config.out)
+    folder = pretrain(config, stop=stop)
+    if first_process():
+        print(folder, flush=True)
+        write_page(config.out)
     return EXIT_DONE
 
 
@@ -278,20 +281,25 @@ def distill(args: argparse.Namespace, stop: StopRequest) -> int:
         return show_plan(config, [f"student {student.name}: {student.arch}" for student in config.students])
     from distill.train import distill
 
-    for name, folder in distill(config, stop=stop).items():
-        print(f"{name} {folder}", flush=True)
-    write_page(config.out)
+    folders = distill(config, stop=stop)
+    if first_process():
+        print("".join(f"{name} {folder}\n" for name, folder in folders.items()), end="", flush=True)
+        write_page(config.out)
     return EXIT_DONE
 
 
+def first_process() -> bool:
+    """Whether this process speaks for the run: alone, or the first of those that torchrun or a job started."""
+    return os.environ.get("RANK", "0") == "0"
+
+
 def write_page(out: str) -> None:
-    """The report of a part that was run by itself; of several processes the first writes it."""
+    """The report of a part that was run by itself."""
     from runtime.progress import say
 
     from .report import write_report
 
-    if os.environ.get("RANK", "0") == "0":
-        say(f"report: {write_report(Path(out))}")
+    say(f"report: {write_report(Path(out))}")
 
 
 def show_plan(config: Any, plan: list[str]) -> int:
