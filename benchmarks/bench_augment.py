@@ -12,6 +12,7 @@ Writes benchmarks/results/augment.json.
 import argparse
 import io
 import json
+import os
 import statistics
 import tarfile
 import tempfile
@@ -42,6 +43,7 @@ def main() -> None:
     result = {
         "question": "images per second and core through the multi-crop augmentation, beside torchvision v2",
         "date": time.strftime("%Y-%m-%d"),
+        "load_average_before": os.getloadavg()[0],  # the wall rates mean little on a busy machine
         "small_64_32": measure(ShardSet.open(["embedded:pool"]), CropsConfig(64, 32), 8, repeats),
         "environment": describe(),
     }
