@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from runtime.environment import cores
 from runtime.metrics import append_lines
 from runtime.progress import Progress
 from runtime.seeding import key
@@ -39,6 +40,8 @@ def training_steps(
     the device.
     """
     precision = choose_precision(config.train.precision, world.device)
+    if world.device.type == "cpu":
+        torch.set_num_threads(threads(world.local_size))
     loader = batches(
         shards,
         crops=config.crops,
@@ -94,6 +97,16 @@ def training_steps(
             if world.is_main:
                 progress.advance(1, note)
             yield row, asked
+
+
+def threads(processes: int) -> int:
+    """Compute threads of each of some training processes on this machine's CPU: half of its cores, at least 1.
+
+    The other half is the loader's. Threads that share cores with it wait for each other at every small operation: on
+    2 busy cores two threads ran at a tenth of the speed of one. The number of workers has no say, because the number
+    of threads decides the order of sums, and results must not depend on workers.
+    """
+    return max(1, cores() // (2 * processes))
 
 
 def is_logged(step: int, config: PretrainConfig) -> bool:

@@ -21,6 +21,7 @@ class World:
     rank: int = 0
     size: int = 1
     local_rank: int = 0
+    local_size: int = 1  # processes on this machine
     device: torch.device = torch.device("cpu")
     mesh: Any = None
 
@@ -55,6 +56,7 @@ def open_world(device: str = "auto") -> Iterator[World]:
     rank = int(env.get("RANK", env.get("SLURM_PROCID", 0) if "MASTER_ADDR" in env else 0))
     size = int(env.get("WORLD_SIZE", env.get("SLURM_NTASKS", 1) if "MASTER_ADDR" in env else 1))
     local_rank = int(env.get("LOCAL_RANK", env.get("SLURM_LOCALID", 0) if "MASTER_ADDR" in env else 0))
+    local_size = int(env.get("LOCAL_WORLD_SIZE", env.get("SLURM_NTASKS_PER_NODE", size)))
     chosen = choose_device(device, local_rank=local_rank)
     if chosen.type == "cuda":
         torch.cuda.set_device(chosen)
@@ -66,6 +68,6 @@ def open_world(device: str = "auto") -> Iterator[World]:
     dist.init_process_group(backend, rank=rank, world_size=size, timeout=timedelta(minutes=30))
     try:
         mesh = init_device_mesh(chosen.type, (size,))
-        yield World(rank=rank, size=size, local_rank=local_rank, device=chosen, mesh=mesh)
+        yield World(rank, size, local_rank, local_size, device=chosen, mesh=mesh)
     finally:
         dist.destroy_process_group()
