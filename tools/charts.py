@@ -59,8 +59,8 @@ def number(value: float) -> str:
         return "0"
     if abs(value) >= 1000 or value == int(value):
         return f"{value:.0f}"
-    if abs(value) < 1e-3:
-        return f"{value:.1e}".replace("e-0", "e-")
+    if abs(value) < 0.01:
+        return f"{value:.1e}".replace(".0e", "e").replace("e-0", "e-")
     return f"{value:.3g}"
 
 

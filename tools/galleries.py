@@ -241,7 +241,8 @@ def neighbours(path: Path, places: Places, album: Album) -> list[Gallery]:
             pictures += [album.picture(*places[row["row"]], f"{row['cosine']:.3f}") for row in nearest.to_pylist()]
             sets.append(PictureSet(name, pictures))
     why = "Framed a seed, beside it the pool images that are nearest to it for the embedder, with their cosine."
-    rest = f"Up to {SEEDS} seeds of {min(len(names), SEED_SETS)} of {len(names)} sets." if names else ""
+    rest = f"Up to {SEEDS} seeds of a set are shown"
+    rest += f", and {SEED_SETS} of {len(names)} sets." if len(names) > SEED_SETS else "."
     return [Gallery("neighbours", "Neighbours", "What the seeds brought", why, sets, rest)]
 
 

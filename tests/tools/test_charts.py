@@ -56,7 +56,8 @@ def test_interval_lies_where_its_numbers_say():
 
 
 @pytest.mark.parametrize(
-    ("value", "text"), [(0, "0"), (12500, "12500"), (3.14159, "3.14"), (0.00042, "4.2e-4"), (7.0, "7"), (0.5, "0.5")]
+    ("value", "text"),
+    [(0, "0"), (12500, "12500"), (3.14159, "3.14"), (0.00042, "4.2e-4"), (0.002, "2e-3"), (7.0, "7"), (0.5, "0.5")],
 )
 def test_numbers_read_well(value, text):
     assert number(value) == text
