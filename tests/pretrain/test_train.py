@@ -234,7 +234,7 @@ def test_broken_exports_are_named(whole, tmp_path):
     card = json.loads((folder / "card.json").read_text())
     card["model"]["depth"] = 5
     (folder / "card.json").write_text(json.dumps(card))
-    with pytest.raises(UserError, match="do not fit their card: blocks.4"):
+    with pytest.raises(UserError, match=r"do not fit their card: blocks\.4"):
         load_backbone(folder)
 
 
