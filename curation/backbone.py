@@ -1,5 +1,6 @@
 """The embedding model: our own exports and timm's models behind one call."""
 
+import difflib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -127,22 +128,23 @@ def _load_timm(config: EmbedConfig, name: str) -> Embedder:
 
     name, _, checkpoint = name.partition("@")
     if not timm.is_model(name.split(".")[0]):
-        near = ", ".join(timm.list_models(f"*{name.split('_')[0]}*")[:5])
-        raise UserError(f"embed.model: timm has no model {name!r}" + (f"; for example {near}" if near else ""))
-    options: dict[str, Any] = {"num_classes": 0}
+        near = difflib.get_close_matches(name, timm.list_models(), n=3, cutoff=0.4)
+        hint = f"; did you mean {' or '.join(near)}?" if near else ""
+        raise UserError(f"embed.model: timm has no model {name!r}{hint}")
     try:
-        pretrained = timm.get_pretrained_cfg(name)
-        if pretrained is not None and pretrained.fixed_input_size:
-            options["img_size"] = config.size
         if checkpoint:
-            model = timm.create_model(name, checkpoint_path=str(_existing(Path(checkpoint))), **options)
+            model: Any = timm.create_model(name, num_classes=0, checkpoint_path=str(_existing(Path(checkpoint))))
         else:
-            model = timm.create_model(name, pretrained=True, **options)
-    except (OSError, RuntimeError) as error:  # no network, no such weights; huggingface_hub's errors are OSErrors
+            model = timm.create_model(name, num_classes=0, pretrained=True)
+    except OSError as error:  # huggingface_hub's errors are OSErrors
         raise UserError(
-            f"embed.model: cannot get the weights of timm:{name} ({type(error).__name__})\n  with no network give "
+            f"embed.model: the weights of timm:{name} cannot be downloaded here\n  with no network give "
             f"embed.model=timm:{name}@/path/to/weights.safetensors, or embed.model=bootstrap, which needs no download"
         ) from error
+    except RuntimeError as error:
+        raise UserError(f"embed.model: {config.model}: {str(error).splitlines()[0]}") from error
+    if hasattr(model, "set_input_size"):  # transformers have a position table; convolutions take any size
+        model.set_input_size(img_size=config.size)
     data = resolve_model_data_config(model)
     return Embedder(model, data["mean"], data["std"])
 

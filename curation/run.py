@@ -47,6 +47,8 @@ def curate(config: CurateConfig, *, stages: Sequence[str] | None = None, stop: S
         if name not in STAGES:
             raise UserError(f"--stages: no stage {name!r}; the stages are {', '.join(STAGES)}")
     run = _Run(config, stop)
+    if (run.out / "config.yaml").is_file():
+        claim_output(run.out, run.config)
     for name in STAGES:
         if name in wanted:
             run.do(name)

@@ -1,5 +1,6 @@
-"""Pixel verification of many pairs: units of pairs in worker processes, or on the GPU where there is one."""
+"""Pixel verification of many pairs: units of pairs in threads, or on the GPU where there is one."""
 
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,7 +15,6 @@ from runtime.signals import StopRequest
 from runtime.world import choose_device
 
 from .config import CurateConfig
-from .pool import run_units
 from .rows import Rows, read_thumbs, thumb_files
 from .stage import Stage
 from .verify import verify_pairs
@@ -49,22 +49,30 @@ def score_pairs(
         units.append(ScoreUnit(stage.part(index), files, used, aspect[used], local.reshape(-1, 2), str(device)))
     waiting = [unit for unit in units if not unit.table.is_file()]
     done = len(pairs) - sum(len(unit.pairs) for unit in waiting)
-    # One process feeds a GPU best; small work is not worth starting processes that import torch.
-    workers = 0 if device.type == "cuda" or len(waiting) <= 1 else config.workers
     if waiting:
         with Progress(f"{stage.name}: verify", total=len(pairs), unit="pairs", done=done) as progress:
-            for unit, _ in run_units(score_unit, waiting, workers=workers, stop=stop):
-                progress.advance(len(unit.pairs))
+            _score_units(waiting, 1 if device.type == "cuda" else max(1, config.workers), progress, stop)
     return np.concatenate([np.empty(0, np.float32), *(pq.read_table(u.table)["score"].to_numpy() for u in units)])
 
 
-def score_unit(unit: ScoreUnit) -> None:
-    """Write the scores of one unit."""
+def score_unit(unit: ScoreUnit) -> int:
+    """Write the scores of one unit; the number of its pairs."""
+    thumbs = read_thumbs(unit.thumbs, unit.rows)
+    scores = verify_pairs(thumbs, unit.aspect, unit.pairs, torch.device(unit.device))
+    write_table(unit.table, pa.table({"score": scores}))
+    return len(scores)
+
+
+def _score_units(units: list[ScoreUnit], workers: int, progress: Progress, stop: StopRequest | None) -> None:
+    """Units in threads: torch lets go of the interpreter, and starting a process that imports it takes seconds."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # many small operations; and the same sums whatever the number of workers
+    pool = ThreadPoolExecutor(workers)
     try:
-        thumbs = read_thumbs(unit.thumbs, unit.rows)
-        scores = verify_pairs(thumbs, unit.aspect, unit.pairs, torch.device(unit.device))
+        for count in pool.map(score_unit, units):
+            progress.advance(count)
+            if stop is not None:
+                stop.check()
     finally:
+        pool.shutdown(cancel_futures=True)
         torch.set_num_threads(threads)
-    write_table(unit.table, pa.table({"score": scores}))

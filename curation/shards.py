@@ -188,9 +188,9 @@ def _samples(rows: Rows, chosen: np.ndarray) -> list[Sample]:
     columns = ["item_id", "extension", "source", "offset", "length", "format", "sidecars"]
     samples = []
     for place in rows.table.select(columns).take(pa.array(chosen)).to_pylist():
-        extension: str = place["extension"]
+        extension, format = str(place["extension"]), str(place["format"])
         if extension not in IMAGE_EXTENSIONS:  # a file without an extension
-            extension = EXTENSIONS.get(place["format"], place["format"].lower())
+            extension = EXTENSIONS.get(format, format.lower())
         image = Piece(extension, place["source"], place["offset"], place["length"])
         samples.append(Sample(place["item_id"], (image, *(Piece(**sidecar) for sidecar in place["sidecars"]))))
     return samples

@@ -15,8 +15,8 @@ from torch import Tensor
 
 from .correlate import NOISE, Poses, Spectra, likely_poses, spectra
 
-TOP = 2  # poses tried per pair
-FLOOR = 0.38  # correlation of the coarse search below which a pose is not refined
+TOP = 3  # poses tried per pair
+FLOOR = 0.35  # correlation of the coarse search below which a pose is not refined
 STEPS = 3  # of refinement, first on blurred images, then on sharp ones
 WINDOW = 4  # pixels, radius of the windows that are compared
 TEXTURE = 100.0  # grey levels squared: variance at which a window weighs half

@@ -1,0 +1,109 @@
+"""Exports load into timm and give the vectors that our own model gives."""
+
+import dataclasses
+import json
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from curation.backbone import load_embedder, model_identity
+from curation.config import EmbedConfig
+from pretrain.export import load_backbone
+from pretrain.model.vit import Shape, VisionTransformer
+from runtime.errors import UserError
+
+CPU = torch.device("cpu")
+SHAPE = Shape(dim=32, depth=2, num_heads=2, patch_size=8, image_size=32, num_registers=0, ffn="mlp", mlp_ratio=4.0)
+
+
+def write_export(folder, shape: Shape) -> None:
+    torch.manual_seed(0)
+    weights = VisionTransformer(shape).state_dict()
+    weights = {f"backbone.{name}": torch.randn_like(weight) * 0.1 for name, weight in weights.items()}
+    folder.mkdir()
+    save_file(weights, folder / "model.safetensors")
+    card = {"format": 1, "kind": "backbone", "model": dataclasses.asdict(shape) | {"layerscale": True}}
+    (folder / "card.json").write_text(json.dumps(card | {"mean": [0.4, 0.5, 0.6], "std": [0.2, 0.3, 0.4]}))
+
+
+@pytest.mark.parametrize(
+    "shape",
+    [
+        SHAPE,
+        dataclasses.replace(SHAPE, num_registers=4),
+        dataclasses.replace(SHAPE, ffn="swiglu", dim=48, num_heads=3),
+    ],
+    ids=["plain", "registers", "swiglu"],
+)
+def test_vectors_equal_those_of_the_training_code(tmp_path, shape):
+    write_export(tmp_path / "export", shape)
+    model, _ = load_backbone(tmp_path / "export")
+    embedder = load_embedder(EmbedConfig(model=f"export:{tmp_path / 'export'}"), tmp_path, CPU)
+    images = torch.randint(0, 256, (3, 3, 32, 32), dtype=torch.uint8)
+    pixels = (images / 255 - torch.tensor([0.4, 0.5, 0.6])[:, None, None]) / torch.tensor([0.2, 0.3, 0.4])[
+        :, None, None
+    ]
+    with torch.no_grad():
+        expected = torch.nn.functional.normalize(model.forward_features(pixels).cls, dim=1)
+    torch.testing.assert_close(embedder(images), expected, atol=1e-5, rtol=1e-4)
+
+
+def test_other_sizes_give_unit_vectors(export, tmp_path):
+    embedder = load_embedder(EmbedConfig(model=f"export:{export}", size=96), tmp_path, CPU)
+    vectors = embedder(torch.randint(0, 256, (2, 3, 96, 96), dtype=torch.uint8))
+    torch.testing.assert_close(vectors.norm(dim=1), torch.ones(2))
+
+
+def test_bootstrap_is_the_export_in_the_run_folder(export, tmp_path):
+    config = EmbedConfig(size=64)
+    with pytest.raises(UserError, match="no export in .*bootstrap/model"):
+        load_embedder(config, tmp_path, CPU)
+    shutil.copytree(export, tmp_path / "bootstrap" / "model")
+    assert load_embedder(config, tmp_path, CPU)(torch.zeros(1, 3, 64, 64, dtype=torch.uint8)).shape == (1, 64)
+    assert model_identity(config, tmp_path) == model_identity(EmbedConfig(model=f"export:{export}"), tmp_path)
+
+
+def test_timm_models_load_with_a_checkpoint(tmp_path):
+    import timm
+
+    model = timm.create_model("vit_tiny_patch16_224", num_classes=0).eval()
+    torch.save(model.state_dict(), tmp_path / "weights.pt")
+    config = EmbedConfig(model=f"timm:vit_tiny_patch16_224@{tmp_path / 'weights.pt'}", size=64)
+    embedder = load_embedder(config, tmp_path, CPU)
+    assert embedder(torch.zeros(2, 3, 64, 64, dtype=torch.uint8)).shape == (2, 192)
+    assert model_identity(config, tmp_path) != config.model
+    torch.save({"other": torch.zeros(1)}, tmp_path / "weights.pt")
+    with pytest.raises(UserError, match="embed.model: timm:vit_tiny"):
+        load_embedder(config, tmp_path, CPU)
+
+
+@pytest.mark.parametrize(
+    ("model", "expected"),
+    [
+        ("dinov2", "expected bootstrap, export:FOLDER or timm:NAME"),
+        ("export:/nowhere", "no export in /nowhere"),
+        ("timm:vit_smal_patch16_224", "timm has no model 'vit_smal_patch16_224'; did you mean vit_small_patch16_224"),
+        ("timm:vit_tiny_patch16_224@/nowhere.pt", "no checkpoint file /nowhere.pt"),
+    ],
+)
+def test_a_wrong_model_is_named(tmp_path, model, expected):
+    with pytest.raises(UserError, match=expected):
+        load_embedder(EmbedConfig(model=model), tmp_path, CPU)
+
+
+def test_damaged_exports_and_sizes_that_do_not_fit_are_named(export, tmp_path):
+    with pytest.raises(UserError, match="embed.size: 60 is no multiple of the model's patch size 16"):
+        load_embedder(EmbedConfig(model=f"export:{export}", size=60), tmp_path, CPU)
+    shutil.copytree(export, tmp_path / "cut")
+    data = (export / "model.safetensors").read_bytes()
+    (tmp_path / "cut" / "model.safetensors").write_bytes(data[: len(data) // 2])
+    with pytest.raises(UserError, match="is damaged"):
+        load_embedder(EmbedConfig(model=f"export:{tmp_path / 'cut'}", size=64), tmp_path, CPU)
+    shutil.copytree(export, tmp_path / "other")
+    card = json.loads((export / "card.json").read_text())
+    card["model"]["depth"] = 3
+    (tmp_path / "other" / "card.json").write_text(json.dumps(card))
+    with pytest.raises(UserError, match=r"do not fit its card\.json"):
+        load_embedder(EmbedConfig(model=f"export:{tmp_path / 'other'}", size=64), tmp_path, CPU)
