@@ -61,16 +61,10 @@ def export(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("export")
     weights = export_weights(dim=64, depth=2, num_patches=16, patch_size=16, num_registers=2)
     save_file({f"backbone.{name}": weight for name, weight in weights.items()}, folder / "model.safetensors")
-    shape = {"dim": 64, "depth": 2, "num_heads": 2, "patch_size": 16, "image_size": 64, "num_registers": 2, "ffn": "mlp",
-             "mlp_ratio": 4.0, "layerscale": True}  # fmt: skip
-    card = {
-        "format": 1,
-        "kind": "backbone",
-        "model": shape,
-        "mean": [0.485, 0.456, 0.406],
-        "std": [0.229, 0.224, 0.225],
-    }
-    (folder / "card.json").write_text(json.dumps(card))
+    shape = {"dim": 64, "depth": 2, "num_heads": 2, "patch_size": 16, "image_size": 64, "num_registers": 2}
+    shape |= {"ffn": "mlp", "mlp_ratio": 4.0, "layerscale": True}
+    card = {"format": 1, "kind": "backbone", "model": shape}
+    (folder / "card.json").write_text(json.dumps(card | {"mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225]}))
     return folder
 
 

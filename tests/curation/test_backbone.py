@@ -58,7 +58,7 @@ def test_other_sizes_give_unit_vectors(export, tmp_path):
 
 def test_bootstrap_is_the_export_in_the_run_folder(export, tmp_path):
     config = EmbedConfig(size=64)
-    with pytest.raises(UserError, match="no export in .*bootstrap/model"):
+    with pytest.raises(UserError, match=r"no export in .*bootstrap/model"):
         load_embedder(config, tmp_path, CPU)
     shutil.copytree(export, tmp_path / "bootstrap" / "model")
     assert load_embedder(config, tmp_path, CPU)(torch.zeros(1, 3, 64, 64, dtype=torch.uint8)).shape == (1, 64)
@@ -75,7 +75,7 @@ def test_timm_models_load_with_a_checkpoint(tmp_path):
     assert embedder(torch.zeros(2, 3, 64, 64, dtype=torch.uint8)).shape == (2, 192)
     assert model_identity(config, tmp_path) != config.model
     torch.save({"other": torch.zeros(1)}, tmp_path / "weights.pt")
-    with pytest.raises(UserError, match="embed.model: timm:vit_tiny"):
+    with pytest.raises(UserError, match=r"embed\.model: timm:vit_tiny"):
         load_embedder(config, tmp_path, CPU)
 
 
@@ -94,12 +94,12 @@ def test_a_wrong_model_is_named(tmp_path, model, expected):
 
 
 def test_damaged_exports_and_sizes_that_do_not_fit_are_named(export, tmp_path):
-    with pytest.raises(UserError, match="embed.size: 60 is no multiple of the model's patch size 16"):
+    with pytest.raises(UserError, match=r"embed\.size: 60 is no multiple of the model's patch size 16"):
         load_embedder(EmbedConfig(model=f"export:{export}", size=60), tmp_path, CPU)
     shutil.copytree(export, tmp_path / "cut")
     data = (export / "model.safetensors").read_bytes()
     (tmp_path / "cut" / "model.safetensors").write_bytes(data[: len(data) // 2])
-    with pytest.raises(UserError, match="is damaged"):
+    with pytest.raises(UserError, match=r"is damaged"):
         load_embedder(EmbedConfig(model=f"export:{tmp_path / 'cut'}", size=64), tmp_path, CPU)
     shutil.copytree(export, tmp_path / "other")
     card = json.loads((export / "card.json").read_text())

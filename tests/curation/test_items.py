@@ -107,8 +107,8 @@ def test_missing_and_empty_folders_are_errors_that_name_the_field(heap, tmp_path
 
 
 def test_no_source_and_compressed_tars_say_what_to_do(tmp_path):
-    with pytest.raises(UserError, match="source.paths: empty"):
+    with pytest.raises(UserError, match=r"source\.paths: empty"):
         list_items(CurateConfig())
     (tmp_path / "x.tar.gz").write_bytes(b"\x1f\x8b....")
-    with pytest.raises(UserError, match="gunzip -k"):
+    with pytest.raises(UserError, match=r"gunzip -k"):
         listed(tmp_path)

@@ -172,7 +172,7 @@ def test_foreign_tars_can_be_inspected_and_say_that_they_are_foreign(tmp_path):
         verify_shards(tmp_path)
     with pytest.raises(UserError, match=r"no \.tar in"):
         inspect_shards([str(tmp_path)])
-    with pytest.raises(UserError, match="no file or folder"):
+    with pytest.raises(UserError, match=r"no file or folder"):
         inspect_shards([str(tmp_path / "absent")])
 
 
@@ -194,7 +194,7 @@ def test_a_source_that_changed_is_an_error(tmp_path):
 
 def test_a_full_disk_is_noticed_before_writing(config, rows, tmp_path, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10**9, 10**9, 1000))
-    with pytest.raises(UserError, match="writing shards needs about .* 1.0 KB are free"):
+    with pytest.raises(UserError, match=r"writing shards needs about .* 1.0 KB are free"):
         write_shards(config, rows, rows.of("pool"), tmp_path / "shards", stop=None)
 
 
