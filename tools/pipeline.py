@@ -18,6 +18,7 @@ from evaluation.probe import hook, knn_probe
 from evaluation.run import evaluate
 from pretrain.build import describe
 from pretrain.config import PretrainConfig
+from pretrain.data.config import check as check_sizes
 from pretrain.export import convert
 from pretrain.train import Hook, pretrain
 from runtime.config import claim_output, claiming
@@ -52,13 +53,17 @@ class RunConfig(CurateRunConfig):
 def resolve(config: RunConfig) -> RunConfig:
     """The config without the embedded seeds and evaluation set where the images are the user's own.
 
-    Raises UserError when a key that holds for all stages was given below one of them.
+    Raises UserError when a key that holds for all stages was given below one of them, and for sizes that do not fit.
     """
     for name in ("bootstrap", "pretrain", "distill"):
         group, default = getattr(config, name), type(getattr(config, name))()
         for key in SHARED:
             if getattr(group, key) != getattr(default, key):
                 raise UserError(f"{name}.{key}: give {key} at the top; it holds for every stage of a run")
+    # Sizes that do not fit would otherwise show only when their stage begins.
+    check_sizes(config.bootstrap.crops, config.bootstrap.mask, patch_size=config.bootstrap.model.patch_size)
+    for crops in (config.pretrain.crops, config.distill.crops):
+        check_sizes(crops, config.pretrain.mask, patch_size=config.pretrain.model.patch_size)
     if not config.source.paths:
         raise UserError("source.paths: missing; name folders or tars of images: source.paths=[/my/images]")
     if any(path.startswith(EMBEDDED) for path in config.source.paths):
