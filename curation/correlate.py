@@ -115,10 +115,18 @@ def _local_contrast(plane: Tensor, mask: Tensor) -> Tensor:
     """Deviation from the local mean in units of the local deviation, within the mask; [N, P, P]."""
 
     def blur(x: Tensor) -> Tensor:
-        for _ in range(2):
-            x = F.avg_pool2d(x[:, None], 2 * RADIUS + 1, stride=1, padding=RADIUS)[:, 0]
-        return x
+        return box_mean(box_mean(x, RADIUS), RADIUS)
 
     weight = blur(mask).clamp_min(1e-3)
     deviation = (plane - blur(plane * mask) / weight) * mask
     return deviation / (blur(deviation.square()) / weight + NOISE).sqrt() * mask
+
+
+def box_mean(x: Tensor, radius: int) -> Tensor:
+    """Mean over windows of side 2 * radius + 1, zero outside; x: [..., T, T].
+
+    As products with a band matrix from both sides: for small images several times faster than pooling on a CPU.
+    """
+    at = torch.arange(x.shape[-1], device=x.device)
+    band = ((at[:, None] - at).abs() <= radius).to(x.dtype) / (2 * radius + 1)
+    return band @ (x @ band)

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .correlate import NOISE, Poses, Spectra, likely_poses, spectra
+from .correlate import NOISE, Poses, Spectra, box_mean, likely_poses, spectra
 
 TOP = 3  # poses tried per pair
 FLOOR = 0.35  # correlation of the coarse search below which a pose is not refined
@@ -85,11 +85,9 @@ def _judge(images: Tensor, sharp: Tensor, blurred: Tensor, poses: Poses) -> Tens
 def local_contrast(images: Tensor) -> Tensor:
     """Deviation from the local mean in units of the local deviation; [N, T, T]."""
 
-    def mean(x: Tensor) -> Tensor:
-        return F.avg_pool2d(x[:, None], 2 * WINDOW + 1, stride=1, padding=WINDOW, count_include_pad=False)[:, 0]
-
-    deviation = images - mean(images)
-    return deviation / (mean(deviation.square()) + NOISE).sqrt()
+    share = box_mean(torch.ones_like(images[:1]), WINDOW)  # of a window within the image
+    deviation = images - box_mean(images, WINDOW) / share
+    return deviation / (box_mean(deviation.square(), WINDOW) / share + NOISE).sqrt()
 
 
 def refine(reference: Tensor, moving: Tensor, box: Tensor, *, steps: int) -> Tensor:
@@ -118,15 +116,13 @@ def refine(reference: Tensor, moving: Tensor, box: Tensor, *, steps: int) -> Ten
 def agreement(reference: Tensor, moving: Tensor, box: Tensor) -> Tensor:
     """Mean correlation of the windows in the overlap, weighted by texture; [M], 0 where the overlap is too small."""
     warped, inside, _, _ = _warp(moving, box)
-
-    def mean(x: Tensor) -> Tensor:
-        return F.avg_pool2d(x[:, None], 2 * WINDOW + 1, stride=1, padding=WINDOW)[:, 0]
-
-    weight = mean(inside).clamp_min(1e-3)
-    mean_r, mean_w = mean(reference * inside) / weight, mean(warped * inside) / weight
-    var_r = (mean(reference.square() * inside) / weight - mean_r.square()).clamp_min(0)
-    var_w = (mean(warped.square() * inside) / weight - mean_w.square()).clamp_min(0)
-    covariance = mean(reference * warped * inside) / weight - mean_r * mean_w
+    squares = reference.square(), warped.square()
+    products = torch.stack([reference, warped, *squares, reference * warped], 1)  # [M, 5, T, T]
+    share = box_mean(inside, WINDOW).clamp_min(1e-3)  # of a window within the overlap
+    means = box_mean(products * inside[:, None], WINDOW) / share[:, None]
+    mean_r, mean_w, square_r, square_w, product = means.unbind(1)
+    var_r, var_w = (square_r - mean_r.square()).clamp_min(0), (square_w - mean_w.square()).clamp_min(0)
+    covariance = product - mean_r * mean_w
     correlation = covariance / ((var_r + NOISE) * (var_w + NOISE)).sqrt()
     strongest = torch.maximum(var_r, var_w)
     texture = inside * strongest / (strongest + TEXTURE)
