@@ -64,13 +64,13 @@ def cosines(vectors: np.ndarray, others: np.ndarray, pairs: np.ndarray) -> np.nd
 
 def pair_recall(vectors: np.ndarray, pairs: np.ndarray, sample: np.ndarray, *, threshold: float) -> tuple[int, int]:
     """(found, all): pairs of cosine >= threshold with a sampled row, by exact search, and how many are in `pairs`."""
-    known = set(map(tuple, pairs.tolist()))
-    exact = set()
+    exact = [np.empty((0, 2), dtype=np.int64)]
     for start in range(0, len(sample), 256):
         rows = sample[start : start + 256]
         a, b = np.nonzero(vectors[rows] @ vectors.T >= threshold)
-        exact |= set(map(tuple, self_pairs(np.stack([rows[a], b], axis=1)).tolist()))
-    return len(exact & known), len(exact)
+        exact.append(np.stack([rows[a], b], axis=1))
+    there, known = (edges @ [len(vectors), 1] for edges in (self_pairs(np.concatenate(exact)), pairs))
+    return int(np.isin(there, known).sum()), len(there)
 
 
 def wilson_interval(found: int, total: int) -> tuple[float, float]:

@@ -14,6 +14,8 @@ from PIL import Image
 from imaging.decode import REASONS, Rejected, decode
 from runtime.files import locate
 
+pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")  # Pillow's, of damaged EXIF; silent outside pytest
+
 LARGER_PACK = Path(__file__).parents[2].parent / "shared" / "data" / "corrupt"
 
 

@@ -14,6 +14,8 @@ from runtime.errors import UserError
 from runtime.files import locate
 from runtime.tars import Member, group_samples, scan_tar, split_name
 
+pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")  # Pillow's, of damaged EXIF; silent outside pytest
+
 LARGER_PACK = Path(__file__).parents[2].parent / "shared" / "data" / "corrupt"
 
 
