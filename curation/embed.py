@@ -11,6 +11,7 @@ import numpy as np
 import pyarrow as pa
 import torch
 
+from runtime.environment import cores
 from runtime.errors import UserError
 from runtime.files import require_space, write_array, write_table
 from runtime.progress import Progress, say
@@ -23,6 +24,7 @@ from .pixels import PixelUnit, load_pixels
 from .pool import run_units
 from .rows import Rows
 from .stage import Stage
+from .threads import torch_threads
 
 
 def embed_stage(config: CurateConfig, rows: Rows, chosen: np.ndarray, stage: Stage, stop: StopRequest | None) -> None:
@@ -40,7 +42,9 @@ def embed_stage(config: CurateConfig, rows: Rows, chosen: np.ndarray, stage: Sta
     units = [unit for part in waiting for unit in _units(config, rows, slices[part], part)]
     open_parts: dict[int, np.ndarray] = {}
     left = {part: len(slices[part]) for part in waiting}  # images of a part still to come
-    with Progress("embed", total=len(chosen), unit="images", done=len(chosen) - sum(left.values())) as progress:
+    compute = max(1, cores() // 2)  # the others decode; whatever the workers, so that sums are rounded alike
+    progress = Progress("embed", total=len(chosen), unit="images", done=len(chosen) - sum(left.values()))
+    with torch_threads(compute), progress:
         for unit, pixels in run_units(load_pixels, units, workers=config.workers, stop=stop):
             part = open_parts.setdefault(unit.part, np.empty((len(slices[unit.part]), dim), dtype=np.float16))
             vectors = embedder(torch.from_numpy(pixels).to(device)).cpu().numpy()

@@ -17,6 +17,7 @@ from runtime.world import choose_device
 from .config import CurateConfig
 from .rows import Rows, read_thumbs, thumb_files
 from .stage import Stage
+from .threads import torch_threads
 from .verify import verify_pairs
 
 UNIT = 4096  # pairs
@@ -65,14 +66,13 @@ def score_unit(unit: ScoreUnit) -> int:
 
 def _score_units(units: list[ScoreUnit], workers: int, progress: Progress, stop: StopRequest | None) -> None:
     """Units in threads: torch lets go of the interpreter, and starting a process that imports it takes seconds."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # many small operations; and the same sums whatever the number of workers
-    pool = ThreadPoolExecutor(workers)
-    try:
-        for count in pool.map(score_unit, units):
-            progress.advance(count)
-            if stop is not None:
-                stop.check()
-    finally:
-        pool.shutdown(cancel_futures=True)
-        torch.set_num_threads(threads)
+    # One thread for each unit's many small operations; and the same sums whatever the number of workers.
+    with torch_threads(1):
+        pool = ThreadPoolExecutor(workers)
+        try:
+            for count in pool.map(score_unit, units):
+                progress.advance(count)
+                if stop is not None:
+                    stop.check()
+        finally:
+            pool.shutdown(cancel_futures=True)
