@@ -60,4 +60,4 @@ def test_a_stop_request_ends_the_work_between_units(workers):
 
     with pytest.raises(Stopped):
         stop_after_one()
-    assert len(seen) == 1
+    assert 1 <= len(seen) <= max(1, 2 * workers)  # units already in a worker's hands may come back together
