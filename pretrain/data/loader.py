@@ -4,8 +4,10 @@ Step s of a run takes places s * batch_size and following of the endless sequenc
 contiguous part. Nothing here has a state, so a resumed run asks for its next step and is there.
 """
 
+import os
 import signal
 import sys
+import threading
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -156,13 +158,28 @@ class Steps(Dataset):
 
 
 def _raise_or_yield(results: Iterator[Batch | Exception]) -> Iterator[Batch]:
-    for result in results:
-        if isinstance(result, Exception):
-            raise result
-        yield result
+    try:
+        for result in results:
+            if isinstance(result, Exception):
+                raise result
+            yield result
+    finally:
+        del results  # the workers end now, and not when a traceback that holds this frame is forgotten
 
 
 def _start_worker(_: int) -> None:
-    """Signals are the parent's affair: it saves, then ends the workers. Ctrl-C goes to the whole process group."""
+    """Signals are the parent's affair: it saves, then ends the workers. Ctrl-C and clusters signal all processes."""
     for number in SIGNALS:
-        signal.signal(number, signal.SIG_IGN)
+        if number != signal.SIGTERM:
+            signal.signal(number, signal.SIG_IGN)
+    if hasattr(signal, "sigwaitinfo"):
+        # The parent ends its workers with SIGTERM too: that one must be followed, or both wait for ever at exit.
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        threading.Thread(target=_follow_parent, args=(os.getppid(),), daemon=True).start()
+
+
+def _follow_parent(parent: int) -> None:
+    """End this process when `parent` sends SIGTERM; take no notice when someone else does."""
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent:
+        pass
+    os._exit(0)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import io
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -189,6 +190,7 @@ def test_a_shard_that_vanished(tmp_path, num_workers):
     (tmp_path / "t.tar").unlink()
     with pytest.raises(FileNotFoundError, match=r"t\.tar"):
         load(shards, num_steps=1, num_workers=num_workers)
+    assert multiprocessing.active_children() == []
 
 
 def test_no_local_crops_and_extreme_masks(pool):
@@ -233,44 +235,71 @@ def test_values_that_do_not_fit_are_refused_before_any_work(changes, message):
     assert len(str(error.value).splitlines()) <= 2
 
 
-def test_signals_to_all_processes_are_the_parents_affair(tmp_path):
-    """Ctrl-C and the signals of a cluster reach workers too: they go on until it has stopped, and say nothing."""
+def start(tmp_path: Path, body: str) -> subprocess.Popen:
+    """A program in its own process group that runs `body` for each of many batches."""
     program = tmp_path / "train.py"
     program.write_text(
-        textwrap.dedent("""
-        import time
-        from pretrain.data.config import CropsConfig, MaskConfig
-        from pretrain.data.loader import batches
-        from pretrain.data.shards import ShardSet
-        from runtime.signals import stop_on_signals
-        with stop_on_signals() as stop:
-            for step, batch in enumerate(batches(
-                ShardSet.open(["embedded:pool"]), crops=CropsConfig(16, 8, 2), mask=MaskConfig(), seed=0, batch_size=4,
-                start_step=0, num_steps=100000, num_workers=2, patch_size=4,
-            )):
-                print(step, flush=True)
-                time.sleep(0.05)
-                if stop:
-                    asked = asked + 1 if "asked" in dir() else 1
-                    if asked == 10:
-                        print("saved", flush=True)
-                        break
-        """)
+        "from pretrain.data.config import CropsConfig, MaskConfig\n"
+        "from pretrain.data.loader import batches\n"
+        "from pretrain.data.shards import ShardSet\n"
+        "from runtime.signals import stop_on_signals\n"
+        "import time\n"
+        "asked = 0\n"
+        "with stop_on_signals() as stop:\n"
+        "    loader = batches(\n"
+        "        ShardSet.open(['embedded:pool']), crops=CropsConfig(16, 8, 2), mask=MaskConfig(), seed=0,\n"
+        "        batch_size=4, start_step=0, num_steps=100000, num_workers=2, patch_size=4,\n"
+        "    )\n"
+        "    for step, batch in enumerate(loader):\n" + textwrap.indent(textwrap.dedent(body), " " * 8)
     )
-    process = subprocess.Popen(
+    return subprocess.Popen(
         [sys.executable, str(program)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
         env=os.environ | {"PYTHONPATH": str(ROOT)}, start_new_session=True,
     )  # fmt: skip
+
+
+def ended(process: subprocess.Popen) -> tuple[str, str]:
+    """Output and errors of a program that must end by itself and leave no process behind."""
+    try:
+        found = process.communicate(timeout=60)
+        with pytest.raises(ProcessLookupError):
+            os.killpg(process.pid, 0)
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+    return found
+
+
+def test_signals_to_all_processes_are_the_parents_affair(tmp_path):
+    """Ctrl-C and the signals of a cluster reach workers too: they go on until it has stopped, and say nothing."""
+    process = start(
+        tmp_path,
+        """
+        print(step, flush=True)
+        time.sleep(0.05)
+        asked += bool(stop)
+        if asked == 10:
+            print("saved", flush=True)
+            break
+        """,
+    )
     assert process.stdout is not None
     for _ in range(3):
         process.stdout.readline()
-    os.killpg(process.pid, signal.SIGUSR1)
-    time.sleep(0.1)
-    os.killpg(process.pid, signal.SIGTERM)
-    output, errors = process.communicate(timeout=60)
+    for number in (signal.SIGUSR1, signal.SIGTERM):
+        os.killpg(process.pid, number)
+        time.sleep(0.1)
+    output, errors = ended(process)
     assert process.returncode == 0, errors
     assert output.splitlines()[-1] == "saved"
     assert "Traceback" not in errors
     assert errors.count("stopping at the next safe point") == 2
-    with pytest.raises(ProcessLookupError):
-        os.killpg(process.pid, 0)  # no worker is left
+
+
+def test_an_error_in_the_middle_of_training_ends_the_program(tmp_path):
+    """The traceback keeps the loader alive until exit, where its workers must follow the parent's SIGTERM."""
+    process = start(tmp_path, "raise RuntimeError('boom')")
+    _, errors = ended(process)
+    assert process.returncode == 1
+    assert errors.strip().endswith("RuntimeError: boom")
+    assert errors.count("Traceback") == 1
