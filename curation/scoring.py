@@ -48,7 +48,7 @@ def score_pairs(
     for index, start in enumerate(range(0, len(pairs), UNIT)):
         used, local = np.unique(pairs[start : start + UNIT], return_inverse=True)
         units.append(ScoreUnit(stage.part(index), files, used, aspect[used], local.reshape(-1, 2), str(device)))
-    waiting = [unit for unit in units if not unit.table.is_file()]
+    waiting = [unit for unit in units if not _is_done(unit)]
     done = len(pairs) - sum(len(unit.pairs) for unit in waiting)
     if waiting:
         with Progress(f"{stage.name}: verify", total=len(pairs), unit="pairs", done=done) as progress:
@@ -60,8 +60,18 @@ def score_unit(unit: ScoreUnit) -> int:
     """Write the scores of one unit; the number of its pairs."""
     thumbs = read_thumbs(unit.thumbs, unit.rows)
     scores = verify_pairs(thumbs, unit.aspect, unit.pairs, torch.device(unit.device))
-    write_table(unit.table, pa.table({"score": scores}))
+    row_a, row_b = unit.rows[unit.pairs].T
+    write_table(unit.table, pa.table({"row_a": row_a, "row_b": row_b, "score": scores}))
     return len(scores)
+
+
+def _is_done(unit: ScoreUnit) -> bool:
+    """Whether the part is there and of these pairs: on another machine, proposals may be rounded otherwise."""
+    if not unit.table.is_file():
+        return False
+    table = pq.read_table(unit.table, columns=["row_a", "row_b"])
+    found = np.stack([table[name].to_numpy() for name in ("row_a", "row_b")], axis=1)
+    return np.array_equal(found, unit.rows[unit.pairs])
 
 
 def _score_units(units: list[ScoreUnit], workers: int, progress: Progress, stop: StopRequest | None) -> None:
