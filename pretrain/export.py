@@ -20,10 +20,10 @@ from runtime.files import read_json, replacing, write_json
 from .build import Learner, build_learner
 from .checkpoint import checkpoints, step_name
 from .config import HeadsConfig, PretrainConfig
+from .data.augment import MEAN, STD
 from .model.vit import Shape, VisionTransformer
 
 FORMAT = 1
-MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, as in every public DINO model
 Kind = Literal["backbone", "teacher"]
 
 

@@ -82,7 +82,7 @@ def training_steps(
                     f"checkpoint is good\n  samples {batch.samples.tolist()[:16]}; try a lower optim.lr"
                 ) from error
             clock.count(len(batch.samples) * world.size)
-            if batch.skipped and world.is_main:
+            if batch.skipped:
                 append_lines(Path(config.out) / "skipped.txt", batch.skipped)
             row: dict[str, float] = {}
             asked = stop_asked(stop, world)
