@@ -32,6 +32,7 @@ ASPECT = (3 / 4, 4 / 3)  # width / height of a box
 FLIP = 0.5
 JITTER, BRIGHTNESS, CONTRAST, SATURATION, HUE = 0.8, 0.4, 0.4, 0.2, 0.1
 GRAY = 0.2
+SIGMA = (0.1, 2.0)  # pixels of the crop
 
 BOX_NUMBERS = 2 * ATTEMPTS + 2  # area and aspect of each attempt, then the place
 COLOR_NUMBERS = 14
@@ -46,14 +47,13 @@ class View:
     scale: tuple[float, float]  # share of the image's area
     blur: float  # probability
     solarize: float  # probability
-    sigma: tuple[float, float]  # of the blur, pixels of the crop
 
 
 def views(crops: CropsConfig) -> tuple[View, ...]:
     """Two global views, then the local ones."""
-    first = View(crops.global_size, crops.global_scale, blur=1.0, solarize=0.0, sigma=crops.blur_sigma)
-    second = View(crops.global_size, crops.global_scale, blur=0.1, solarize=0.2, sigma=crops.blur_sigma)
-    local = View(crops.local_size, crops.local_scale, blur=0.5, solarize=0.0, sigma=crops.blur_sigma)
+    first = View(crops.global_size, crops.global_scale, blur=1.0, solarize=0.0)
+    second = View(crops.global_size, crops.global_scale, blur=0.1, solarize=0.2)
+    local = View(crops.local_size, crops.local_scale, blur=0.5, solarize=0.0)
     return first, second, *[local] * crops.num_local
 
 
@@ -111,7 +111,7 @@ def _recolor(images: Tensor, crops: Tensor, numbers: np.ndarray, view: View) -> 
     _change(images, flip < FLIP, lambda chosen, _: chosen.flip(-1))
     _jitter(images, jitter < JITTER, order=numbers[:, 6:10].argsort(1), strengths=numbers[:, 10:14])
     _change(images, gray < GRAY, lambda chosen, _: color.gray(chosen).expand_as(chosen))
-    _change(images, blur < view.blur, color.blur, view.sigma[0] + (view.sigma[1] - view.sigma[0]) * sigma)
+    _change(images, blur < view.blur, color.blur, SIGMA[0] + (SIGMA[1] - SIGMA[0]) * sigma)
     _change(images, solarize < view.solarize, lambda chosen, _: color.solarize(chosen))
     images.sub_(torch.tensor(MEAN)[:, None, None]).div_(torch.tensor(STD)[:, None, None])
 

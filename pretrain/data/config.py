@@ -14,7 +14,6 @@ class CropsConfig:
     num_local: int = 8  # local crops of an image; 0: global crops only
     global_scale: tuple[float, float] = (0.32, 1.0)  # share of the image's area
     local_scale: tuple[float, float] = (0.05, 0.32)  # share of the image's area
-    blur_sigma: tuple[float, float] = (0.1, 2.0)  # pixels; as published for 224 px, less for much smaller crops
 
 
 @dataclass(frozen=True)
@@ -43,8 +42,6 @@ def check(crops: CropsConfig, mask: MaskConfig, *, patch_size: int) -> None:
     for name, (low, high) in (("global_scale", crops.global_scale), ("local_scale", crops.local_scale)):
         if not 0 < low <= high <= 1:
             raise UserError(f"crops.{name}: found [{low}, {high}]; expected 0 < first <= second <= 1")
-    if not 0 < crops.blur_sigma[0] <= crops.blur_sigma[1]:
-        raise UserError(f"crops.blur_sigma: found {list(crops.blur_sigma)}; expected 0 < first <= second")
     if not 0 <= mask.probability <= 1:
         raise UserError(f"mask.probability: found {mask.probability}; expected 0 to 1")
     if not 0 <= mask.ratio_min <= mask.ratio_max <= 1:

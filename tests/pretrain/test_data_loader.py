@@ -221,7 +221,6 @@ def test_no_steps_left(pool):
         ({"crops": CropsConfig(16, 4, 2)}, "crops.local_size: found 4"),
         ({"crops": CropsConfig(16, 8, 2, (0.5, 0.2))}, "crops.global_scale: found"),
         ({"crops": CropsConfig(16, 8, 2, (0.5, 1), (0, 0.2))}, "crops.local_scale: found"),
-        ({"crops": CropsConfig(16, 8, blur_sigma=(0.0, 1.0))}, "crops.blur_sigma: found"),
         ({"mask": MaskConfig(1.5)}, "mask.probability: found 1.5"),
         ({"mask": MaskConfig(0.5, 0.6, 0.3)}, "ratio_min"),
         ({"world_size": 3}, "train.batch_size: 8 is not a multiple of the 3 processes"),
