@@ -5,6 +5,8 @@ decides, as in the paper; with it the two pictures are aligned and compared, whi
 look-alikes even where the embedding cannot.
 """
 
+from typing import Any
+
 import numpy as np
 import pyarrow as pa
 
@@ -19,7 +21,7 @@ from .exact import remaining
 from .groups import components, representatives
 from .join import cosines, hash_pairs, knn_pairs, pair_recall, self_pairs, wilson_interval
 from .rows import Rows, read_thumbs, thumb_files
-from .scoring import score_pairs
+from .scoring import judge_pairs
 from .stage import Stage
 from .views import view_pairs
 
@@ -37,47 +39,49 @@ def dedup_stage(
 ) -> None:
     """Write `edges.parquet` (candidate pairs, scores, verdict) and `groups.parquet` (row -> the row that stays)."""
     stage.open()
-    settings = config.dedup
     chosen = remaining(rows, exact)
     values = vectors.of(chosen)
-    neighbours = self_pairs(knn_pairs(values, values, k=settings.k + 1, threshold=settings.threshold))
-    pairs = neighbours
-    if settings.verify:
-        hashes = rows.phash[chosen]
-        proposed = [neighbours, self_pairs(hash_pairs(hashes, hashes, distance=settings.phash_candidates))]
-        if settings.views:
-            thumbs = read_thumbs(thumb_files(decode), chosen)
-            proposed.append(self_pairs(view_pairs(thumbs, thumbs, k=settings.views + 1)))
-        pairs = np.unique(np.concatenate(proposed), axis=0)
-    cosine = cosines(values, values, pairs)
-    if settings.verify:
-        say(f"dedup: {len(pairs)} pairs proposed for {len(chosen)} images, to be verified")
-        score = score_pairs(config, rows, decode, chosen[pairs], stage, stop)
-        accepted = score >= settings.verify_threshold
-    else:
-        score = np.full(len(pairs), np.nan, dtype=np.float32)
-        accepted = np.ones(len(pairs), dtype=bool)
+    neighbours = self_pairs(knn_pairs(values, values, k=config.dedup.k + 1, threshold=config.dedup.threshold))
+    pairs = _propose(config, rows, chosen, neighbours, decode) if config.dedup.verify else neighbours
     edges = chosen[pairs]
-    write_table(stage.file("edges.parquet"), edge_table(edges, cosine, score, accepted))
-    _write_groups(rows, exact, edges[accepted], stage)
-    sample = generator(config.seed, "recall sample").permutation(len(chosen))[:RECALL_SAMPLE]
-    found, total = pair_recall(values, neighbours, np.sort(sample), threshold=settings.threshold)
-    of = stage.table("groups.parquet")
+    say(f"dedup: {len(pairs)} pairs proposed for {len(chosen)} images")
+    score, accepted = judge_pairs(config, rows, decode, edges, stage, stop)
+    write_table(stage.file("edges.parquet"), edge_table(edges, cosines(values, values, pairs), score, accepted))
+    groups = _groups(rows, exact, edges[accepted])
+    write_table(stage.file("groups.parquet"), groups)
+    _, sizes = np.unique(groups["of"].to_numpy(), return_counts=True)
     stage.finish(
-        **{"in": len(chosen), "out": len(chosen) - int(np.isin(of["row"].to_numpy(), chosen).sum())},
+        **{"in": len(chosen), "out": len(surviving(chosen, stage))},
         candidate_pairs=len(pairs),
         edges=int(accepted.sum()),
-        largest_group=int(np.unique(of["of"].to_numpy(), return_counts=True)[1].max(initial=0)) + 1,
-        pair_recall={
-            "search": f"exact inner products (FAISS IndexFlatIP), k={settings.k}",
-            "means": f"of the pairs with cosine >= {settings.threshold}, the share that is in the k-NN graph",
-            "sampled_images": len(sample),
-            "pairs": total,
-            "found": found,
-            "recall": found / total if total else None,
-            "interval_95": wilson_interval(found, total),
-        },
+        largest_group=int(sizes.max(initial=0)) + 1,
+        pair_recall=_measure_recall(config, values, neighbours),
     )
+
+
+def _propose(config: CurateConfig, rows: Rows, chosen: np.ndarray, neighbours: np.ndarray, decode: Stage) -> np.ndarray:
+    """Pairs for verification: the neighbours by embedding, by perceptual hash and by window views; int64 [E, 2]."""
+    hashes = rows.phash[chosen]
+    proposed = [neighbours, self_pairs(hash_pairs(hashes, hashes, distance=config.dedup.phash_candidates))]
+    if config.dedup.views:
+        thumbs = read_thumbs(thumb_files(decode), chosen)
+        proposed.append(self_pairs(view_pairs(thumbs, thumbs, k=config.dedup.views + 1)))
+    return np.unique(np.concatenate(proposed), axis=0)
+
+
+def _measure_recall(config: CurateConfig, values: np.ndarray, neighbours: np.ndarray) -> dict[str, Any]:
+    """What the graph of nearest neighbours holds of the pairs above the threshold, by exact search for a sample."""
+    sample = np.sort(generator(config.seed, "recall sample").permutation(len(values))[:RECALL_SAMPLE])
+    found, total = pair_recall(values, neighbours, sample, threshold=config.dedup.threshold)
+    return {
+        "search": f"exact inner products (FAISS IndexFlatIP), k={config.dedup.k}",
+        "means": f"of the pairs with cosine >= {config.dedup.threshold}, the share that is in the k-NN graph",
+        "sampled_images": len(sample),
+        "pairs": total,
+        "found": found,
+        "recall": found / total if total else None,
+        "interval_95": wilson_interval(found, total),
+    }
 
 
 def edge_table(edges: np.ndarray, cosine: np.ndarray, score: np.ndarray, accepted: np.ndarray) -> pa.Table:
@@ -94,14 +98,14 @@ def edge_table(edges: np.ndarray, cosine: np.ndarray, score: np.ndarray, accepte
     )
 
 
-def _write_groups(rows: Rows, exact: Stage, edges: np.ndarray, stage: Stage) -> None:
-    """Components of near-duplicate edges and exact copies together; the rows that do not stay, sorted."""
+def _groups(rows: Rows, exact: Stage, edges: np.ndarray) -> pa.Table:
+    """Components of near-duplicate edges and exact copies together: the rows that do not stay, and which stays."""
     copies = exact.table("duplicates.parquet")
     links = np.stack([copies["row"].to_numpy(), copies["of"].to_numpy()], axis=1)
-    labels = components(len(rows.ids), np.concatenate([edges.reshape(-1, 2), links]))
+    labels = components(len(rows.ids), np.concatenate([edges, links]))
     best = representatives(labels, rows.area, rows.num_bytes, rows.ids)
     gone = np.flatnonzero(best != np.arange(len(best)))
-    write_table(stage.file("groups.parquet"), pa.table({"row": gone, "of": best[gone]}))
+    return pa.table({"row": gone, "of": best[gone]})
 
 
 def surviving(chosen: np.ndarray, dedup: Stage) -> np.ndarray:

@@ -14,7 +14,7 @@ from .config import CurateConfig
 from .groups import components, representatives
 from .join import hash_pairs, self_pairs
 from .rows import Rows
-from .scoring import score_pairs
+from .scoring import judge_pairs
 from .stage import Stage
 
 REASONS = ("same bytes", "same pixels", "same look")
@@ -33,9 +33,8 @@ def exact_stage(config: CurateConfig, rows: Rows, decode: Stage, stage: Stage, s
             pairs = self_pairs(
                 hash_pairs(rows.phash[staying], rows.phash[staying], distance=config.dedup.phash_distance)
             )
-            if config.dedup.verify:
-                scores = score_pairs(config, rows, decode, staying[pairs], stage, stop)
-                pairs = pairs[scores >= config.dedup.verify_threshold]
+            _, accepted = judge_pairs(config, rows, decode, staying[pairs], stage, stop)
+            pairs = pairs[accepted]
         else:
             column = "item_id" if reason == "same bytes" else "pixel_hash"
             values = np.array(rows.table[column].to_pylist(), dtype=object)[staying].astype(str)

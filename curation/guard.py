@@ -16,7 +16,7 @@ from .dedup import edge_table
 from .embed import Vectors
 from .join import cosines, hash_pairs, knn_pairs
 from .rows import Rows, read_thumbs, thumb_files
-from .scoring import score_pairs
+from .scoring import judge_pairs
 from .stage import Stage
 from .views import view_pairs
 
@@ -46,13 +46,8 @@ def guard_stage(
     pairs = _candidates(config, rows, vectors, evaluation, pool, decode)
     cosine = cosines(vectors.of(evaluation), vectors.of(pool), pairs)
     edges = np.stack([evaluation[pairs[:, 0]], pool[pairs[:, 1]]], axis=1)
-    if config.dedup.verify:
-        say(f"guard: {len(pairs)} pairs of {len(evaluation)} evaluation images with the pool, to be verified")
-        score = score_pairs(config, rows, decode, edges, stage, stop)
-        accepted = score >= config.dedup.verify_threshold
-    else:
-        score = np.full(len(pairs), np.nan, dtype=np.float32)
-        accepted = np.ones(len(pairs), dtype=bool)
+    say(f"guard: {len(pairs)} pairs of {len(evaluation)} evaluation images with the pool proposed")
+    score, accepted = judge_pairs(config, rows, decode, edges, stage, stop)
     write_table(stage.file("edges.parquet"), edge_table(edges, cosine, score, accepted))
     hits = _best_hits(edges[accepted], cosine[accepted], score[accepted])
     leaks = _with_groups(rows, hits, dedup)
