@@ -76,6 +76,7 @@ def decode_stage(config: CurateConfig, items: Stage, stage: Stage, stop: StopReq
 
     def on_death(unit: DecodeUnit) -> DecodeUnit:
         row = int(unit.journal.read_text() or -1) if unit.journal.is_file() else -1
+        unit.journal.unlink(missing_ok=True)  # a process that dies before its first image must not blame this one
         twice = row >= 0 and graves.get(unit.table) == row
         graves[unit.table] = row
         return replace(unit, deadly=(*unit.deadly, row)) if twice else unit

@@ -99,16 +99,23 @@ def test_an_image_that_kills_its_decoder_again_and_again_is_rejected(tmp_path):
     (heap / "b.jpg").unlink()
     os.mkfifo(heap / "b.jpg")
     finished = threading.Event()
+    seen: dict[int, int | None] = {}
+
+    def standing(worker: int, journal: Path) -> int | None:
+        """When the worker began with the second image; None if it has not, or if another wrote the journal."""
+        try:
+            begun, born = journal.stat().st_mtime_ns, Path(f"/proc/{worker}").stat().st_mtime_ns
+            return begun if begun > born and journal.read_bytes().startswith(b"1 ") else None
+        except FileNotFoundError:
+            return None
 
     def kill_whoever_reads() -> None:
         while not finished.is_set():
-            time.sleep(0.05)
+            time.sleep(0.3)  # who still stands at the second image after this hangs on the pipe
             for worker in children(os.getpid()):
-                journal = decode.folder / "part-00000.now"
-                if journal.is_file() and journal.read_bytes().startswith(b"1 "):
-                    journal.write_bytes(b"1 ")  # stays for the parent to read; the next worker begins anew
+                before, seen[worker] = seen.get(worker), standing(worker, decode.folder / "part-00000.now")
+                if before is not None and before == seen[worker]:
                     os.kill(worker, signal.SIGKILL)
-                    time.sleep(0.2)
 
     killer = threading.Thread(target=kill_whoever_reads)
     killer.start()
