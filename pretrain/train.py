@@ -61,7 +61,8 @@ def train(
             size = sum(p.numel() for p in state.student.parameters()) * 16
             require_space(out, (config.checkpoint.keep + 1) * size, what=f"{config.checkpoint.keep} checkpoints")
             write_json(out / "environment.json", describe_environment() | {"device": str(world.device)})
-            say(describe(config))
+            times = config.train.steps * config.train.batch_size / len(shards)
+            say(f"{describe(config)}; {len(shards)} images, each seen {times:.3g} times")
         resume(state, out, world=world, data=shards.fingerprint)
         if teacher is not None:
             teacher = teacher.to(world.device)
