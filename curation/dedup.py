@@ -73,9 +73,12 @@ def _measure_recall(config: CurateConfig, values: np.ndarray, neighbours: np.nda
     """What the graph of nearest neighbours holds of the pairs above the threshold, by exact search for a sample."""
     sample = np.sort(generator(config.seed, "recall sample").permutation(len(values))[:RECALL_SAMPLE])
     found, total = pair_recall(values, neighbours, sample, threshold=config.dedup.threshold)
+    role = (
+        "; with verification these are proposals beside those by hash and window views" if config.dedup.verify else ""
+    )
     return {
         "search": f"exact inner products (FAISS IndexFlatIP), k={config.dedup.k}",
-        "means": f"of the pairs with cosine >= {config.dedup.threshold}, the share that is in the k-NN graph",
+        "means": f"of the pairs with cosine >= {config.dedup.threshold}, the share that is in the k-NN graph{role}",
         "sampled_images": len(sample),
         "pairs": total,
         "found": found,
