@@ -45,7 +45,8 @@ def dedup_stage(
     pairs = _propose(config, rows, chosen, neighbours, decode) if config.dedup.verify else neighbours
     edges = chosen[pairs]
     say(f"dedup: {len(pairs)} pairs proposed for {len(chosen)} images")
-    score, accepted = judge_pairs(config, rows, decode, edges, stage, stop)
+    threshold = config.dedup.verify_threshold
+    score, accepted = judge_pairs(config, rows, decode, edges, stage, stop, threshold=threshold)
     write_table(stage.file("edges.parquet"), edge_table(edges, cosines(values, values, pairs), score, accepted))
     groups = _groups(rows, exact, edges[accepted])
     write_table(stage.file("groups.parquet"), groups)
@@ -73,9 +74,7 @@ def _measure_recall(config: CurateConfig, values: np.ndarray, neighbours: np.nda
     """What the graph of nearest neighbours holds of the pairs above the threshold, by exact search for a sample."""
     sample = np.sort(generator(config.seed, "recall sample").permutation(len(values))[:RECALL_SAMPLE])
     found, total = pair_recall(values, neighbours, sample, threshold=config.dedup.threshold)
-    role = (
-        "; with verification these are proposals beside those by hash and window views" if config.dedup.verify else ""
-    )
+    role = "; with verification they are proposals, beside those by hash and by views" if config.dedup.verify else ""
     return {
         "search": f"exact inner products (FAISS IndexFlatIP), k={config.dedup.k}",
         "means": f"of the pairs with cosine >= {config.dedup.threshold}, the share that is in the k-NN graph{role}",

@@ -33,7 +33,9 @@ def exact_stage(config: CurateConfig, rows: Rows, decode: Stage, stage: Stage, s
             pairs = self_pairs(
                 hash_pairs(rows.phash[staying], rows.phash[staying], distance=config.dedup.phash_distance)
             )
-            _, accepted = judge_pairs(config, rows, decode, staying[pairs], stage, stop)
+            _, accepted = judge_pairs(
+                config, rows, decode, staying[pairs], stage, stop, threshold=config.dedup.verify_threshold
+            )
             pairs = pairs[accepted]
         else:
             column = "item_id" if reason == "same bytes" else "pixel_hash"

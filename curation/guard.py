@@ -47,7 +47,8 @@ def guard_stage(
     cosine = cosines(vectors.of(evaluation), vectors.of(pool), pairs)
     edges = np.stack([evaluation[pairs[:, 0]], pool[pairs[:, 1]]], axis=1)
     say(f"guard: {len(pairs)} pairs of {len(evaluation)} evaluation images with the pool proposed")
-    score, accepted = judge_pairs(config, rows, decode, edges, stage, stop)
+    threshold = config.guard.verify_threshold
+    score, accepted = judge_pairs(config, rows, decode, edges, stage, stop, threshold=threshold)
     write_table(stage.file("edges.parquet"), edge_table(edges, cosine, score, accepted))
     hits = _best_hits(edges[accepted], cosine[accepted], score[accepted])
     leaks = _with_groups(rows, hits, dedup)

@@ -115,7 +115,7 @@ def write_summary(config: CurateConfig, stages: dict[str, Stage], skipped: dict[
         "skipped": skipped,
         "thresholds": {
             "dedup": to_dict(config)["dedup"],
-            "guard": {"threshold": config.guard.threshold, "k": config.guard.k},
+            "guard": {name: value for name, value in to_dict(config)["guard"].items() if name != "paths"},
             "retrieval": to_dict(config)["retrieval"],
         },
         "pair_recall": reports["dedup"]["counts"]["pair_recall"],

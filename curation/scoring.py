@@ -39,13 +39,20 @@ class ScoreUnit:
 
 
 def judge_pairs(
-    config: CurateConfig, rows: Rows, decode: Stage, pairs: np.ndarray, stage: Stage, stop: StopRequest | None
+    config: CurateConfig,
+    rows: Rows,
+    decode: Stage,
+    pairs: np.ndarray,
+    stage: Stage,
+    stop: StopRequest | None,
+    *,
+    threshold: float,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Scores (float32 [E]) of pairs of rows, and which pass; with dedup.verify off all pass, unscored (NaN)."""
     if not config.dedup.verify:
         return np.full(len(pairs), np.nan, dtype=np.float32), np.ones(len(pairs), dtype=bool)
     score = score_pairs(config, rows, decode, pairs, stage, stop)
-    return score, score >= config.dedup.verify_threshold
+    return score, score >= threshold
 
 
 def score_pairs(
