@@ -62,10 +62,10 @@ class Work:
         if job.num_tasks > 1:
             submitit.helpers.TorchDistributedEnvironment().export(set_cuda_visible_devices=False, overwrite=True)
             os.environ["MASTER_ADDR"] = "127.0.0.1"  # one node; its SLURM name need not resolve
-        exit_file = _exit_file(Path(self.logs), job.job_id, job.global_rank)
-        exit_file.unlink(missing_ok=True)  # of the attempt before a requeue
+        left = exit_file(Path(self.logs), job.job_id, job.global_rank)
+        left.unlink(missing_ok=True)  # of the attempt before a requeue
         status = self.main(self.arguments)
-        write_text(exit_file, f"{status}\n")
+        write_text(left, f"{status}\n")
         if status != EXIT_DONE:
             raise SystemExit(status)
 
@@ -112,7 +112,7 @@ class Submitted:
         """The worst status of the job's processes; None when one of them left none (killed)."""
         statuses = []
         for rank in range(self.processes):
-            path = _exit_file(self.logs, self.job_id, rank)
+            path = exit_file(self.logs, self.job_id, rank)
             if not path.is_file():
                 return None
             statuses.append(int(path.read_text()))
@@ -219,7 +219,8 @@ def _tail(path: Path) -> Iterator[str]:
             yield file.read()
 
 
-def _exit_file(logs: Path, job_id: str, rank: int) -> Path:
+def exit_file(logs: Path, job_id: str, rank: int) -> Path:
+    """Where a process of a job leaves its exit status."""
     return logs / f"{job_id}_{rank}_exit"
 
 
