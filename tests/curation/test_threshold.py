@@ -101,7 +101,7 @@ def test_units_of_a_triangle_are_even():
     assert len(ranges) == 64
     assert work[:-1].max() < 1.2 * work.mean()
     assert even_ranges(np.array([], dtype=np.int64), 4) == []
-    assert even_ranges(np.array([5, 0, 0]), 8) == [(0, 3)]
+    assert even_ranges(np.array([5, 0, 0]), 8) == [(0, 1), (1, 3)]
     assert even_ranges(np.array([1, 1]), 8) == [(0, 1), (1, 2)]
 
 
