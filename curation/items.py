@@ -1,12 +1,14 @@
-"""Where every image lies: folders and tars listed without reading an image.
+"""Where every image lies: folders, tars and parquet files listed; nothing is decoded and nothing copied.
 
-An item is one image file or one sample of a tar. Items are ordered by (role, source, key), so nothing that follows
-depends on the order in which sources are given or folders are read.
+An item is one image file, one sample of a tar or one row of a parquet file. Items are ordered by (role, source, key),
+so nothing that follows depends on the order in which sources are given or folders are read.
 """
 
 import glob
 import os
+from collections import Counter
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from typing import Literal
 
@@ -18,25 +20,29 @@ from runtime.files import locate, write_table
 from runtime.progress import say
 from runtime.tars import group_samples, scan_tar
 
+from . import parquet
 from .config import CurateConfig
+from .sources import Source, parse_sources
 from .stage import Stage
 
 Role = Literal["pool", "seed", "guard"]
 
 # Files beside an image of the same name that travel with it into the shards.
 SIDECARS = ("json", "txt", "cls", "caption")
+OPEN_FILES = 64  # that a process keeps open for reading
 
 PLACE = pa.struct([("extension", pa.string()), ("source", pa.string()), ("offset", pa.int64()), ("length", pa.int64())])
 SCHEMA = pa.schema(
     [
         ("role", pa.string()),
         ("set", pa.string()),  # seed set or evaluation set: the top-level subfolder, or the folder itself
-        ("source", pa.string()),  # the file's path, or the tar's
-        ("key", pa.string()),  # path below the given folder, or the sample's key in the tar
+        ("source", pa.string()),  # the file's path, or that of the tar or parquet file
+        ("key", pa.string()),  # path below the given folder, the sample's key in the tar, or the row, 8 digits
         ("extension", pa.string()),  # lower case, of the image's name
-        ("offset", pa.int64()),  # bytes into `source`
+        ("offset", pa.int64()),  # bytes into `source`; of a parquet file the row
         ("length", pa.int64()),  # bytes
         ("sidecars", pa.list_(PLACE)),
+        ("source_name", pa.string()),  # of the entry in source.paths, seeds.paths or guard.paths
     ]
 )
 
@@ -46,8 +52,8 @@ class Listing:
     """What lies in the given paths."""
 
     rows: list[dict] = field(default_factory=list)  # one per item, keys as in SCHEMA
-    problems: list[str] = field(default_factory=list)  # damaged tars, samples without image, repeated keys
-    others: int = 0  # files that are neither image, nor sidecar, nor tar
+    problems: list[str] = field(default_factory=list)  # damaged tars, samples without image, failed downloads
+    others: int = 0  # files that are neither image, nor sidecar, nor tar, nor parquet
     seen: set[Path] = field(default_factory=set)  # resolved, so that a file reached twice counts once
 
 
@@ -66,13 +72,16 @@ def list_items(config: CurateConfig) -> tuple[pa.Table, list[str]]:
         )
     for role, name, paths in groups:
         listing = Listing()
-        for path in paths:
-            _list_path(path, role, f"{name}: {path}", listing)
+        for source in parse_sources(name, paths):
+            first = len(listing.rows)
+            _list_path(source, role, f"{name}: {source.path}", listing)
+            for row in listing.rows[first:]:
+                row["source_name"] = source.name
         if paths and not listing.rows:
             damaged = f"; {listing.problems[0]}" if listing.problems else ""
             raise UserError(
                 f"{name}: no image in {', '.join(paths)} ({listing.others} other files{damaged})\n"
-                f"  looked for tars and for .{' .'.join(IMAGE_EXTENSIONS)}, in subfolders too"
+                f"  looked for tars, parquet files and .{' .'.join(IMAGE_EXTENSIONS)}, in subfolders too"
             )
         rows += listing.rows
         problems += listing.problems
@@ -90,21 +99,55 @@ def items_stage(config: CurateConfig, stage: Stage, table: pa.Table, problems: l
     if len(problems) > 5:
         say(f"items: and {len(problems) - 5} more of this kind, in {stage.folder / 'done.json'}")
     roles = table["role"].to_pylist()
+    names = Counter(name for name, role in zip(table["source_name"].to_pylist(), roles, strict=True) if role == "pool")
     stage.finish(
         **{role: roles.count(role) for role in ("pool", "seed", "guard")},
+        sources=dict(sorted(names.items())),  # pool images of each source
         bytes=sum(table["length"].to_pylist()),
         problems=problems,
     )
 
 
 def read_bytes(source: str, offset: int, length: int) -> bytes:
-    """`length` bytes of a file from `offset`; fewer where the file has become shorter. Raises OSError."""
-    with locate(source).open("rb") as file:
-        file.seek(offset)
-        return file.read(length)
+    """`length` bytes of a file from `offset`, fewer where it has become shorter; of a parquet file what its row holds.
+
+    Raises OSError.
+    """
+    path = _locate(source)
+    if parquet.is_address(source):
+        return parquet.read_row(path, offset)
+    status = os.stat(path)
+    file = _open(path, (status.st_ino, status.st_mtime_ns, status.st_size))
+    data = os.pread(file.descriptor, length, offset)
+    while len(data) < length and (more := os.pread(file.descriptor, length - len(data), offset + len(data))):
+        data += more  # one call reads 2 GB at most
+    return data
 
 
-def _list_path(path: str, role: Role, where: str, listing: Listing) -> None:
+class _OpenFile:
+    """A descriptor that is closed when nobody holds it any more, so that a full cache closes none that is in use."""
+
+    def __init__(self, path: str):
+        self.descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+
+    def __del__(self) -> None:
+        if hasattr(self, "descriptor"):
+            os.close(self.descriptor)
+
+
+@lru_cache(maxsize=OPEN_FILES)
+def _open(path: str, stamp: tuple[int, int, int]) -> _OpenFile:
+    """An open file; `stamp` is another one when the file was replaced."""
+    return _OpenFile(path)
+
+
+@lru_cache(maxsize=1024)
+def _locate(source: str) -> str:
+    return str(locate(source))
+
+
+def _list_path(source: Source, role: Role, where: str, listing: Listing) -> None:
+    path = source.path
     place = locate(path)
     if place.is_dir():
         for parent, folders, names in os.walk(place):
@@ -118,7 +161,7 @@ def _list_path(path: str, role: Role, where: str, listing: Listing) -> None:
         if not found:
             raise UserError(f"{where}: no such folder, tar or file")
         for match in found:
-            _list_path(match, role, where, listing)
+            _list_path(Source(source.name, match), role, where, listing)
 
 
 def _list_files(base: str, folder: Path, files: list[Path], role: Role, listing: Listing) -> None:
@@ -137,6 +180,8 @@ def _list_files(base: str, folder: Path, files: list[Path], role: Role, listing:
             listing.problems.append(f"{os.path.join(base, _printable(key))}: link to nothing")
         elif extension in ("tar", "tar.gz", "tgz"):
             _list_tar(os.path.join(base, key), file, role, listing)
+        elif extension == "parquet":
+            _list_parquet(os.path.join(base, _printable(key)), file, role, listing)
         elif extension == "" or extension in IMAGE_EXTENSIONS:
             row = {"role": role, "set": key.split("/")[0] if "/" in key else folder.name, "key": _printable(key)}
             beside = [_place(base, folder, side) for side in sidecars.get(file.stem, [])]
@@ -184,5 +229,24 @@ def _list_tar(source: str, file: Path, role: Role, listing: Listing) -> None:
                     for m in sample
                     if m is not image
                 ],
+            }
+        )
+
+
+def _list_parquet(source: str, file: Path, role: Role, listing: Listing) -> None:
+    rows, problems = parquet.list_rows(file)
+    listing.problems += [f"{source}: {line}" for line in problems]
+    for row in rows:
+        sidecar = {"extension": "json", "source": source + parquet.JSON, "offset": row.row}
+        listing.rows.append(
+            {
+                "role": role,
+                "set": Path(source).stem,
+                "source": source,
+                "key": f"{row.row:08d}",
+                "extension": row.extension,
+                "offset": row.row,
+                "length": row.length,
+                "sidecars": [sidecar | {"length": row.sidecar_length}] if row.sidecar_length else [],
             }
         )
