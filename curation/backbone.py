@@ -1,7 +1,7 @@
 """The embedding model: our own exports and timm's models behind one call."""
 
 import difflib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +13,6 @@ from torch import Tensor, nn
 from runtime.errors import UserError
 from runtime.files import read_json, sha256
 
-from .config import EmbedConfig
-
 
 @dataclass(frozen=True)
 class Embedder:
@@ -23,6 +21,13 @@ class Embedder:
     model: nn.Module  # [B, 3, S, S] float32 -> [B, D]
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
+    size: int  # pixels, S
+
+    @property
+    def dim(self) -> int:
+        """Numbers per vector."""
+        device = next(self.model.parameters()).device
+        return self(torch.zeros(1, 3, self.size, self.size, dtype=torch.uint8, device=device)).shape[1]
 
     def __call__(self, images: Tensor) -> Tensor:
         """Unit vectors, float32 [B, D], of uint8 images [B, 3, S, S]."""
@@ -32,54 +37,60 @@ class Embedder:
         return torch.nn.functional.normalize(vectors.float(), dim=1)
 
 
-def model_identity(config: EmbedConfig, out: Path) -> str:
+def model_identity(model: str, out: Path, *, key: str) -> str:
     """What the vectors depend on besides the pixels: the name, and the hash of the weights where they are a file."""
-    kind, _, name = config.model.partition(":")
+    kind, _, name = model.partition(":")
     if kind == "timm":
         checkpoint = name.partition("@")[2]
-        return f"{config.model} {sha256(_existing(Path(checkpoint))) if checkpoint else ''}"
-    return sha256(_export_folder(config, out) / "model.safetensors")
+        return f"{model} {sha256(_existing(Path(checkpoint), key)) if checkpoint else ''}"
+    return sha256(_export_folder(model, out, key) / "model.safetensors")
 
 
-def load_embedder(config: EmbedConfig, out: Path, device: torch.device) -> Embedder:
-    """The model named by `embed.model`. Raises UserError when it is absent, damaged or does not fit `embed.size`."""
-    kind, _, name = config.model.partition(":")
-    embedder = _load_timm(config, name) if kind == "timm" else _load_export(config, _export_folder(config, out))
-    return Embedder(embedder.model.eval().to(device), embedder.mean, embedder.std)
+def load_embedder(model: str, size: int | None, out: Path, device: torch.device, *, key: str) -> Embedder:
+    """The model of that name for images of size x size pixels (None: its own size).
+
+    key: the config key that names the model, for messages. Raises UserError when it is absent, damaged or does not fit
+    the size.
+    """
+    kind, _, name = model.partition(":")
+    if kind == "timm":
+        embedder = _load_timm(name, size, key)
+    else:
+        embedder = _load_export(_export_folder(model, out, key), size, key)
+    return replace(embedder, model=embedder.model.eval().to(device))
 
 
-def _export_folder(config: EmbedConfig, out: Path) -> Path:
-    kind, _, name = config.model.partition(":")
-    if config.model == "bootstrap":
+def _export_folder(model: str, out: Path, key: str) -> Path:
+    kind, _, name = model.partition(":")
+    if model == "bootstrap":
         folder = out / "bootstrap" / "model"
         hint = "the stage before trains it: run `troodon curate` without --stages"
     elif kind == "export" and name:
         folder, hint = Path(name).expanduser(), "give the folder of an export (exports/step-... of a training run)"
     else:
-        raise UserError(f"embed.model: {config.model!r}; expected bootstrap, export:FOLDER or timm:NAME[@CHECKPOINT]")
+        raise UserError(f"{key}: {model!r}; expected bootstrap, export:FOLDER or timm:NAME[@CHECKPOINT]")
     if not (folder / "card.json").is_file() or not (folder / "model.safetensors").is_file():
-        raise UserError(f"embed.model: no export in {folder} (card.json and model.safetensors)\n  {hint}")
+        raise UserError(f"{key}: no export in {folder} (card.json and model.safetensors)\n  {hint}")
     return folder
 
 
-def _load_export(config: EmbedConfig, folder: Path) -> Embedder:
+def _load_export(folder: Path, size: int | None, key: str) -> Embedder:
     card = read_json(folder / "card.json")
     shape = card["model"]
-    if config.size % shape["patch_size"]:
-        raise UserError(
-            f"embed.size: {config.size} is no multiple of the model's patch size {shape['patch_size']} ({folder})"
-        )
+    size = size or int(shape["image_size"])
+    if size % shape["patch_size"]:
+        raise UserError(f"{key}: size {size} is no multiple of the model's patch size {shape['patch_size']} ({folder})")
     try:
         stored = load_file(folder / "model.safetensors")
     except SafetensorError as error:
-        raise UserError(f"embed.model: {folder / 'model.safetensors'} is damaged ({error})") from None
+        raise UserError(f"{key}: {folder / 'model.safetensors'} is damaged ({error})") from None
     model = _vision_transformer(shape)
     weights = _timm_names({n.removeprefix("backbone."): w for n, w in stored.items() if n.startswith("backbone.")})
     try:
         model.load_state_dict(weights)
     except RuntimeError as error:
-        raise UserError(f"embed.model: the weights in {folder} do not fit its card.json\n  {error}") from None
-    return Embedder(model, tuple(card["mean"]), tuple(card["std"]))
+        raise UserError(f"{key}: the weights in {folder} do not fit its card.json\n  {error}") from None
+    return Embedder(model, tuple(card["mean"]), tuple(card["std"]), size)
 
 
 def _vision_transformer(shape: dict[str, Any]) -> nn.Module:
@@ -122,34 +133,35 @@ def _timm_names(weights: dict[str, Tensor]) -> dict[str, Tensor]:
     return renamed
 
 
-def _load_timm(config: EmbedConfig, name: str) -> Embedder:
+def _load_timm(name: str, size: int | None, key: str) -> Embedder:
     import timm
     from timm.data.config import resolve_model_data_config
 
-    name, _, checkpoint = name.partition("@")
+    full, (name, _, checkpoint) = name, name.partition("@")
     if not timm.is_model(name.split(".")[0]):
         near = difflib.get_close_matches(name, timm.list_models(), n=3, cutoff=0.4)
         hint = f"; did you mean {' or '.join(near)}?" if near else ""
-        raise UserError(f"embed.model: timm has no model {name!r}{hint}")
+        raise UserError(f"{key}: timm has no model {name!r}{hint}")
     try:
         if checkpoint:
-            model: Any = timm.create_model(name, num_classes=0, checkpoint_path=str(_existing(Path(checkpoint))))
+            model: Any = timm.create_model(name, num_classes=0, checkpoint_path=str(_existing(Path(checkpoint), key)))
         else:
             model = timm.create_model(name, num_classes=0, pretrained=True)
     except OSError as error:  # huggingface_hub's errors are OSErrors
         raise UserError(
-            f"embed.model: the weights of timm:{name} cannot be downloaded here\n  with no network give "
-            f"embed.model=timm:{name}@/path/to/weights.safetensors, or embed.model=bootstrap, which needs no download"
+            f"{key}: the weights of timm:{name} cannot be downloaded here\n"
+            f"  with no network give {key}=timm:{name}@/path/to/weights.safetensors, or {key}=bootstrap"
         ) from error
     except RuntimeError as error:
-        raise UserError(f"embed.model: {config.model}: {str(error).splitlines()[0]}") from error
-    if hasattr(model, "set_input_size"):  # transformers have a position table; convolutions take any size
-        model.set_input_size(img_size=config.size)
+        raise UserError(f"{key}: timm:{full}: {str(error).splitlines()[0]}") from error
     data = resolve_model_data_config(model)
-    return Embedder(model, data["mean"], data["std"])
+    size = size or int(data["input_size"][-1])
+    if hasattr(model, "set_input_size"):  # transformers have a position table; convolutions take any size
+        model.set_input_size(img_size=size)
+    return Embedder(model, data["mean"], data["std"], size)
 
 
-def _existing(path: Path) -> Path:
+def _existing(path: Path, key: str) -> Path:
     if not path.expanduser().is_file():
-        raise UserError(f"embed.model: no checkpoint file {path}")
+        raise UserError(f"{key}: no checkpoint file {path}")
     return path.expanduser()

@@ -11,7 +11,7 @@ from runtime.config import config_hash
 
 @dataclass(frozen=True)
 class SourceConfig:
-    paths: tuple[str, ...] = ()  # folders, WebDataset tars or globs of tars: the raw images
+    paths: tuple[str, ...] = ()  # folders, tars, parquet files or globs of them, PATH or NAME=PATH: the raw images
     part_size: int = 1024  # images per work unit: what a killed run repeats at most, for each worker
 
 
@@ -35,16 +35,30 @@ class DecodeConfig:
 
 
 @dataclass(frozen=True)
+class CopyModelConfig:
+    model: str = "builtin:copy"  # or bootstrap, export:FOLDER, timm:NAME[@CHECKPOINT], torchscript:FILE (SSCD)
+    size: int | None = None  # pixels; images are resized to size x size, aspect ignored; none: the model's own size
+
+
+@dataclass(frozen=True)
+class RetrievalModelConfig:
+    model: str = "bootstrap"  # like embed.copy.model
+    size: int | None = None  # like embed.copy.size
+
+
+@dataclass(frozen=True)
 class EmbedConfig:
-    model: str = "bootstrap"  # bootstrap | export:FOLDER | timm:NAME[@CHECKPOINT]
-    size: int = 224  # pixels; images are resized to size x size, aspect ignored, as SSCD does for whole-image copies
+    copy: CopyModelConfig = CopyModelConfig()  # its vectors find near-duplicates and copies of evaluation images
+    retrieval: RetrievalModelConfig = RetrievalModelConfig()  # its vectors find the neighbours of seeds
     batch_size: int = 64  # images per forward pass
 
 
 @dataclass(frozen=True)
 class DedupConfig:
     threshold: float = 0.6  # cosine from which two images are near-duplicates (DINOv2 A.3, on SSCD vectors)
-    k: int = 64  # nearest neighbours per image in the graph (DINOv2 A.3)
+    join: Literal["auto", "exact", "knn", "ivf", "ivf_pq"] = "auto"  # how pairs are searched; auto: the planner chooses
+    k: int = 64  # nearest neighbours per image where the join is a k-NN graph (DINOv2 A.3)
+    groups: Literal["components", "leader"] = "components"  # leader: every removed image is close to one that is kept
     phash_distance: int = 4  # bits of 64 between perceptual hashes of "the same picture", also mirrored
     verify: bool = True  # an edge must also pass pixel verification: the two pictures are aligned and compared
     verify_threshold: float = 0.74  # local correlation of the aligned pictures (0 to 1) from which it passes

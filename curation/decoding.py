@@ -23,7 +23,7 @@ from .config import CurateConfig, DecodeConfig
 from .hashes import content_id, perceptual_hashes, pixel_hash
 from .items import read_bytes
 from .pool import run_units
-from .stage import Stage
+from .stage import Share, Stage
 
 ENOUGH = 256  # pixels; large JPEGs are decoded at a reduced scale with at least this short side
 THUMB = 64  # pixels per side of the thumbnails that pixel verification aligns (aspect ignored)
@@ -61,17 +61,20 @@ class DecodeUnit:
         return self.table.with_suffix(".now")
 
 
-def decode_stage(config: CurateConfig, items: Stage, stage: Stage, stop: StopRequest | None) -> None:
+def decode_stage(config: CurateConfig, items: Stage, stage: Stage, stop: StopRequest | None, share: Share) -> None:
     """Decode all items. Raises UserError when no pool image can be decoded."""
-    stage.open()
+    stage.open(share)
     num_items = sum(items.report()["counts"][role] for role in ("pool", "seed", "guard"))
     require_space(stage.folder, num_items * (THUMB * THUMB + 200), what="decoding")
-    units = [
-        DecodeUnit(part, stage.part(index), stage.part(index, "npy"), config.decode)
-        for index, part in enumerate(sorted(items.folder.glob("part-*.parquet")))
-    ]
+    units = share.of(
+        [
+            DecodeUnit(part, stage.part(index), stage.part(index, "npy"), config.decode)
+            for index, part in enumerate(sorted(items.folder.glob("part-*.parquet")))
+        ]
+    )
+    num_images = sum(_num_rows(unit.items) for unit in units)
     waiting = [unit for unit in units if not unit.table.is_file()]
-    done = num_items - sum(_num_rows(unit.items) for unit in waiting)
+    done = num_images - sum(_num_rows(unit.items) for unit in waiting)
     graves: dict[Path, int] = {}
 
     def on_death(unit: DecodeUnit) -> DecodeUnit:
@@ -81,10 +84,11 @@ def decode_stage(config: CurateConfig, items: Stage, stage: Stage, stop: StopReq
         graves[unit.table] = row
         return replace(unit, deadly=(*unit.deadly, row)) if twice else unit
 
-    with Progress("decode", total=num_items, unit="images", done=done) as progress:
+    with Progress("decode", total=num_images, unit="images", done=done) as progress:
         for _, count in run_units(decode_unit, waiting, workers=config.workers, stop=stop, on_death=on_death):
             progress.advance(count)
-    _finish(items, stage)
+    if share.whole:
+        _finish(items, stage)
 
 
 def decode_unit(unit: DecodeUnit) -> int:

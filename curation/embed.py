@@ -1,11 +1,13 @@
-"""One vector per image: decoded in worker processes, embedded here, written as unit-norm float16 parts.
+"""Vectors of every image: decoded once in worker processes, embedded here by each model, written as unit-norm float16.
 
-N images of the stage, D width of the model, S = embed.size.
+N images of the stage, D width of a model, S the side of its square input. The copy model's vectors find near-duplicates
+and leaks, the retrieval model's the neighbours of seeds; where both are one model it runs once.
 """
 
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import pyarrow as pa
@@ -18,45 +20,81 @@ from runtime.progress import Progress, say
 from runtime.signals import StopRequest
 from runtime.world import choose_device
 
-from .backbone import load_embedder
-from .config import CurateConfig
+from .backbone import Embedder, load_embedder, model_identity
+from .config import CopyModelConfig, CurateConfig, RetrievalModelConfig
 from .pixels import PixelUnit, load_pixels
 from .pool import run_units
 from .rows import Rows
-from .stage import Stage
+from .stage import Share, Stage
 from .threads import torch_threads
 
+Purpose = Literal["copy", "retrieval"]
 
-def embed_stage(config: CurateConfig, rows: Rows, chosen: np.ndarray, stage: Stage, stop: StopRequest | None) -> None:
-    """Embed the chosen rows (sorted int64). Parts: float16 `part-*.npy` [n, D] beside their rows in parquet."""
-    stage.open()
+
+def embedders(config: CurateConfig) -> dict[Purpose, CopyModelConfig | RetrievalModelConfig]:
+    """The models that this config needs: one where nothing is retrieved, or where one serves both purposes."""
+    copy, retrieval = config.embed.copy, config.embed.retrieval
+    if not config.seeds.paths or (copy.model, copy.size) == (retrieval.model, retrieval.size):
+        return {"copy": copy}
+    return {"copy": copy, "retrieval": retrieval}
+
+
+def identities(config: CurateConfig) -> dict[Purpose, str]:
+    """What the vectors of each model depend on besides the pixels."""
+    out = Path(config.out)
+    return {p: model_identity(spec.model, out, key=f"embed.{p}.model") for p, spec in embedders(config).items()}
+
+
+def embed_stage(
+    config: CurateConfig, rows: Rows, chosen: np.ndarray, stage: Stage, stop: StopRequest | None, share: Share
+) -> None:
+    """Embed the chosen rows (sorted int64).
+
+    Parts: float16 `part-*-copy.npy` and `part-*-retrieval.npy` [n, D] beside their rows in parquet.
+    """
+    stage.open(share)
     device = choose_device(config.device)
-    embedder = load_embedder(config.embed, Path(config.out), device)
-    side = config.embed.size
-    dim = embedder(torch.zeros(1, 3, side, side, dtype=torch.uint8, device=device)).shape[1]
-    require_space(stage.folder, 2 * dim * len(chosen), what="embedding")
-    say(f"embed: {len(chosen)} images at {side} px by {config.embed.model}, {dim} numbers each, on {device.type}")
+    models: dict[Purpose, Embedder] = {
+        purpose: load_embedder(spec.model, spec.size, Path(config.out), device, key=f"embed.{purpose}.model")
+        for purpose, spec in embedders(config).items()
+    }
+    sizes = tuple(sorted({model.size for model in models.values()}))
+    dims: dict[Purpose, int] = {purpose: model.dim for purpose, model in models.items()}
+    require_space(stage.folder, 2 * sum(dims.values()) * len(chosen), what="embedding")
+    for purpose, model in models.items():
+        name = embedders(config)[purpose].model
+        say(f"embed: {purpose} vectors by {name} at {model.size} px, {dims[purpose]} numbers each, on {device.type}")
     size = config.source.part_size
     slices = [chosen[start : start + size] for start in range(0, len(chosen), size)]
-    waiting = [part for part in range(len(slices)) if not stage.part(part).is_file()]
-    units = [unit for part in waiting for unit in _units(config, rows, slices[part], part)]
-    open_parts: dict[int, np.ndarray] = {}
+    own = share.of(range(len(slices)))
+    waiting = [part for part in own if not stage.part(part).is_file()]
+    units = [unit for part in waiting for unit in _units(config, rows, slices[part], part, sizes)]
+    open_parts: dict[int, dict[Purpose, np.ndarray]] = {}
     left = {part: len(slices[part]) for part in waiting}  # images of a part still to come
+    total = sum(len(slices[part]) for part in own)
     compute = max(1, cores() // 2)  # the others decode; whatever the workers, so that sums are rounded alike
-    progress = Progress("embed", total=len(chosen), unit="images", done=len(chosen) - sum(left.values()))
+    progress = Progress("embed", total=total, unit="images", done=total - sum(left.values()))
     with torch_threads(compute), progress:
         for unit, pixels in run_units(load_pixels, units, workers=config.workers, stop=stop):
-            part = open_parts.setdefault(unit.part, np.empty((len(slices[unit.part]), dim), dtype=np.float16))
-            vectors = embedder(torch.from_numpy(pixels).to(device)).cpu().numpy()
-            if not np.isfinite(vectors).all():
-                raise UserError(f"embed.model: {config.embed.model} gives vectors that are not finite")
-            part[unit.start : unit.start + len(vectors)] = vectors
-            left[unit.part] -= len(vectors)
+            count = len(slices[unit.part])
+            if unit.part not in open_parts:
+                open_parts[unit.part] = {p: np.empty((count, dim), dtype=np.float16) for p, dim in dims.items()}
+            part = open_parts[unit.part]
+            end = unit.start + len(unit.ids)
+            for purpose, model in models.items():
+                vectors = model(torch.from_numpy(pixels[model.size]).to(device)).cpu().numpy()
+                if not np.isfinite(vectors).all():
+                    name = embedders(config)[purpose].model
+                    raise UserError(f"embed.{purpose}.model: {name} gives vectors that are not finite")
+                part[purpose][unit.start : end] = vectors
+            left[unit.part] -= len(unit.ids)
             if not left[unit.part]:
-                write_array(stage.part(unit.part, "npy"), open_parts.pop(unit.part))
+                for purpose, vectors in open_parts.pop(unit.part).items():
+                    write_array(_part(stage, unit.part, purpose), vectors)
                 write_table(stage.part(unit.part), pa.table({"row": slices[unit.part]}))  # last: the part is done
-            progress.advance(len(vectors))
-    stage.finish(images=len(chosen), dim=dim)
+            progress.advance(len(unit.ids))
+    if share.whole:
+        stage.finish(images=len(chosen), dim=dims)
 
 
 @dataclass(frozen=True)
@@ -71,15 +109,26 @@ class Vectors:
         return self.values[np.searchsorted(self.rows, rows)]
 
 
-def read_vectors(stage: Stage) -> Vectors:
-    """The vectors of a finished stage, brought back to unit length after their rounding to float16."""
-    parts = [np.load(part).astype(np.float32) for part in sorted(stage.folder.glob("part-*.npy"))]
+def read_vectors(stage: Stage, purpose: Purpose) -> Vectors:
+    """The vectors of a finished stage, brought back to unit length after their rounding to float16.
+
+    Retrieval reads the copy vectors where one model serves both.
+    """
+    if purpose == "retrieval" and not _part(stage, 0, purpose).is_file():
+        purpose = "copy"
+    parts = [np.load(part).astype(np.float32) for part in sorted(stage.folder.glob(f"part-*-{purpose}.npy"))]
     values = np.concatenate(parts)
     values /= np.linalg.norm(values, axis=1, keepdims=True)
     return Vectors(stage.table()["row"].to_numpy(), values)
 
 
-def _units(config: CurateConfig, rows: Rows, chosen: np.ndarray, part: int) -> Iterator[PixelUnit]:
+def _part(stage: Stage, index: int, purpose: Purpose) -> Path:
+    return stage.folder / f"part-{index:05d}-{purpose}.npy"
+
+
+def _units(
+    config: CurateConfig, rows: Rows, chosen: np.ndarray, part: int, sizes: tuple[int, ...]
+) -> Iterator[PixelUnit]:
     table = rows.table.select(["source", "offset", "length"]).take(pa.array(chosen)).to_pylist()
     places = [(place["source"], place["offset"], place["length"]) for place in table]
     for start in range(0, len(chosen), config.embed.batch_size):
@@ -89,6 +138,6 @@ def _units(config: CurateConfig, rows: Rows, chosen: np.ndarray, part: int) -> I
             start=start,
             places=tuple(places[start:end]),
             ids=tuple(rows.ids[chosen[start:end]].tolist()),
-            size=config.embed.size,
+            sizes=sizes,
             max_pixels=config.decode.max_pixels,
         )

@@ -118,7 +118,7 @@ def write_summary(config: CurateConfig, stages: dict[str, Stage], skipped: dict[
             "guard": {name: value for name, value in to_dict(config)["guard"].items() if name != "paths"},
             "retrieval": to_dict(config)["retrieval"],
         },
-        "pair_recall": reports["dedup"]["counts"]["pair_recall"],
+        "pair_recall": reports["join"]["counts"]["pair_recall"],
         "stages": {name: report["counts"] for name, report in reports.items()},
         "seconds": {name: report["seconds"] for name, report in reports.items()},
         "versions": package_versions(),

@@ -20,20 +20,21 @@ class PixelUnit:
     start: int  # of the batch within the part
     places: tuple[tuple[str, int, int], ...]  # source, offset, length
     ids: tuple[str, ...]
-    size: int  # pixels
+    sizes: tuple[int, ...]  # pixels, of the models' inputs
     max_pixels: int
 
 
-def load_pixels(unit: PixelUnit) -> np.ndarray:
-    """Images of a unit resized to size x size, aspect ignored; uint8 [n, 3, size, size].
+def load_pixels(unit: PixelUnit) -> dict[int, np.ndarray]:
+    """Images of a unit, decoded once and resized to each size, aspect ignored; uint8 [n, 3, size, size] by size.
 
     Raises UserError when a file has changed since it was decoded.
     """
-    pixels = np.empty((len(unit.places), unit.size, unit.size, 3), dtype=np.uint8)
+    pixels = {size: np.empty((len(unit.places), size, size, 3), dtype=np.uint8) for size in unit.sizes}
     for index, (place, item_id) in enumerate(zip(unit.places, unit.ids, strict=True)):
-        image, _ = decode(read_again(*place, item_id=item_id), max_pixels=unit.max_pixels, min_side=unit.size)
-        pixels[index] = np.asarray(image.resize((unit.size, unit.size), Image.Resampling.BICUBIC))
-    return np.ascontiguousarray(pixels.transpose(0, 3, 1, 2))
+        image, _ = decode(read_again(*place, item_id=item_id), max_pixels=unit.max_pixels, min_side=max(unit.sizes))
+        for size, batch in pixels.items():
+            batch[index] = np.asarray(image.resize((size, size), Image.Resampling.BICUBIC))
+    return {size: np.ascontiguousarray(batch.transpose(0, 3, 1, 2)) for size, batch in pixels.items()}
 
 
 def read_again(source: str, offset: int, length: int, *, item_id: str) -> bytes:

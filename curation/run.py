@@ -1,9 +1,10 @@
 """Curation from top to bottom: raw images in, shards and the story of every image out.
 
-    items -> decode -> exact -> embed -> dedup -> guard -> retrieve -> shards
+    items -> decode -> exact -> embed -> index -> join -> verify -> dedup -> guard -> retrieve -> shards
 
 Every stage reads the folders of stages before it and writes its own; finished stages and finished parts of a stage are
-not done again. DINOv2 sec. 3 and appendix A, with the choices of `CurateConfig`.
+not done again. The stages in PARALLEL consist of units that processes can share out between them. DINOv2 sec. 3 and
+appendix A, with the choices of `CurateConfig`.
 """
 
 from collections.abc import Callable, Sequence
@@ -19,41 +20,56 @@ from runtime.files import write_table
 from runtime.progress import say
 from runtime.signals import StopRequest
 
-from .backbone import model_identity
 from .config import CurateConfig, in_order
 from .decoding import decode_stage
 from .dedup import dedup_stage, surviving
-from .embed import embed_stage, read_vectors
+from .embed import embed_stage, identities, read_vectors
 from .exact import exact_stage, remaining
 from .guard import guard_stage
 from .items import items_stage, list_items
 from .manifest import FATES, write_manifest, write_summary
+from .propose import index_stage, join_stage
 from .retrieve import retrieve_stage
 from .rows import Rows, read_rows
-from .shards import write_shards
-from .stage import Stage
+from .scoring import verify_stage
+from .shards import claim_shards, write_shards
+from .stage import WHOLE, Share, Stage
 
-STAGES = ("items", "decode", "exact", "embed", "dedup", "guard", "retrieve", "shards")
+STAGES = ("items", "decode", "exact", "embed", "index", "join", "verify", "dedup", "guard", "retrieve", "shards")
+PARALLEL = ("decode", "embed", "join", "verify", "shards")  # their units can be shared out
 
 
-def curate(config: CurateConfig, *, stages: Sequence[str] | None = None, stop: StopRequest | None = None) -> Path:
+def curate(
+    config: CurateConfig,
+    *,
+    stages: Sequence[str] | None = None,
+    share: Share = WHOLE,
+    stop: StopRequest | None = None,
+) -> Path:
     """Run the stages that are not finished, or of those only `stages`; returns the output folder.
 
-    When all stages are finished, `manifest.parquet` and `summary.json` are written. Raises UserError (input, sources
-    that changed, disk space) and Stopped.
+    With a share of one of the PARALLEL stages, only its units are done and the stage is left unfinished: a run without
+    share does what is missing and concludes it. When all stages are finished, `manifest.parquet` and `summary.json`
+    are written. Raises UserError (input, sources that changed, disk space) and Stopped.
     """
     wanted = STAGES if stages is None else tuple(stages)
     for name in wanted:
         if name not in STAGES:
             raise UserError(f"--stages: no stage {name!r}; the stages are {', '.join(STAGES)}")
-    run = _Run(config, stop)
+    if not share.whole and (len(wanted) != 1 or wanted[0] not in PARALLEL):
+        raise UserError(
+            f"--share: goes with one stage of --stages {', '.join(PARALLEL)}; found --stages {','.join(wanted)}"
+        )
+    run = _Run(config, share, stop)
     if (run.out / "config.yaml").is_file():
         claim_output(run.out, run.config)
     for name in STAGES:
         if name in wanted:
             run.do(name)
-    if STAGES[-1] in wanted:
-        run.conclude()
+    if share.whole:
+        run.open_next(wanted)
+        if STAGES[-1] in wanted:
+            run.conclude()
     return Path(config.out)
 
 
@@ -62,18 +78,18 @@ def write_raw_shards(config: CurateConfig, folder: Path) -> Path:
 
     Needs stage `exact`. Does nothing when they are there already.
     """
-    run = _Run(config, None)
+    run = _Run(config, WHOLE, None)
     run.require("exact")
     rows = run.rows()
-    write_shards(config, rows, remaining(rows, run.stage("exact")), folder, stop=None)
+    write_shards(config, rows, remaining(rows, run.stage("exact")), folder, share=WHOLE, stop=None)
     return folder
 
 
 class _Run:
     """One run's folder: which stages are finished, and how each is done."""
 
-    def __init__(self, config: CurateConfig, stop: StopRequest | None):
-        self.config, self.stop = in_order(config), stop
+    def __init__(self, config: CurateConfig, share: Share, stop: StopRequest | None):
+        self.config, self.share, self.stop = in_order(config), share, stop
         self.out = Path(config.out)
         self.worked = False  # whether this process finished a stage
         self._rows: Rows | None = None
@@ -81,6 +97,8 @@ class _Run:
     def skipped(self) -> dict[str, str]:
         """Stages that this config has no work for, and why."""
         found = {}
+        if not self.config.dedup.verify:
+            found["verify"] = "dedup.verify is off: the cosine decides"
         if not self.config.guard.paths:
             found["guard"] = "guard.paths is empty: nothing is held against evaluation sets"
         if not self.config.seeds.paths:
@@ -90,19 +108,23 @@ class _Run:
     def stage(self, name: str) -> Stage:
         """A stage by name; its key covers all settings and stages that decide its content."""
         settings = to_dict(self.config)
-        dedup = settings["dedup"]
+        dedup, guard = settings["dedup"], settings["guard"]
+        searching = {key: dedup[key] for key in dedup if key not in ("groups", "verify_threshold")}
         own: dict[str, Any] = {
-            "items": {key: settings[key] for key in ("source", "seeds")} | {"guard": settings["guard"]["paths"]},
+            "items": {key: settings[key] for key in ("source", "seeds")} | {"guard": guard["paths"]},
             "decode": settings["decode"],
             "exact": {key: dedup[key] for key in ("phash_distance", "verify", "verify_threshold")},
             "embed": settings["embed"],
-            "dedup": dedup | {"seed": settings["seed"]},
-            "guard": settings["guard"],
+            "index": searching | {"seed": settings["seed"]},
+            "join": {key: guard[key] for key in ("threshold", "k")},
+            "verify": {},
+            "dedup": {key: dedup[key] for key in ("groups", "verify_threshold")},
+            "guard": guard,
             "retrieve": settings["retrieval"],
             "shards": settings["shards"] | {"seed": settings["seed"]},
         }[name]
         if name == "embed":
-            own = own | {"weights": model_identity(self.config.embed, self.out)}
+            own = own | {"weights": identities(self.config)}
         position = STAGES.index(name)
         before = {"before": self.stage(STAGES[position - 1]).key} if position else {}
         if name == "decode":
@@ -129,26 +151,55 @@ class _Run:
             self._work()[name](stage)
             self.worked = True
 
+    def open_next(self, wanted: Sequence[str]) -> None:
+        """Open the parallel stage that follows, so that shares of it can start side by side."""
+        left = [name for name in STAGES if name not in wanted and name not in self.skipped()]
+        following = [name for name in left if STAGES.index(name) > STAGES.index(wanted[-1])]
+        if not following or following[0] not in PARALLEL:
+            return
+        if following[0] == "embed" and not self._embedders_exist():
+            return  # a bootstrap embedder is trained first
+        stage = self.stage(following[0])
+        if not stage.done:
+            stage.open()
+            if following[0] == "shards":
+                claim_shards(self.config, self.rows(), self._selected(), self.out / "shards")
+
+    def _embedders_exist(self) -> bool:
+        try:
+            identities(self.config)
+        except UserError:
+            return False
+        return True
+
     def rows(self) -> Rows:
         if self._rows is None:
             self._rows = read_rows(self.stage("items"), self.stage("decode"))
         return self._rows
 
     def _work(self) -> dict[str, Callable[[Stage], None]]:
-        config, stop, stage = self.config, self.stop, self.stage
+        config, share, stop, stage = self.config, self.share, self.stop, self.stage
         return {
             "items": self._items,
-            "decode": lambda own: decode_stage(config, stage("items"), own, stop),
+            "decode": lambda own: decode_stage(config, stage("items"), own, stop, share),
             "exact": lambda own: exact_stage(config, self.rows(), stage("decode"), own, stop),
-            "embed": lambda own: embed_stage(config, self.rows(), self._to_embed(), own, stop),
-            "dedup": lambda own: dedup_stage(
-                config, self.rows(), read_vectors(stage("embed")), stage("decode"), stage("exact"), own, stop
+            "embed": lambda own: embed_stage(config, self.rows(), self._to_embed(), own, stop, share),
+            "index": lambda own: index_stage(config, self._without_copies(), own),
+            "join": lambda own: join_stage(
+                config,
+                self.rows(),
+                read_vectors(stage("embed"), "copy"),
+                self._without_copies(),
+                stage("decode"),
+                own,
+                stop,
+                share,
             ),
-            "guard": lambda own: guard_stage(
-                config, self.rows(), read_vectors(stage("embed")), stage("decode"), stage("dedup"), own, stop
-            ),
+            "verify": lambda own: verify_stage(config, self.rows(), stage("decode"), stage("join"), own, stop, share),
+            "dedup": lambda own: dedup_stage(config, self.rows(), stage("exact"), self._proposed(), own),
+            "guard": lambda own: guard_stage(config, self.rows(), stage("dedup"), self._proposed(), own),
             "retrieve": lambda own: retrieve_stage(
-                config, self.rows(), read_vectors(stage("embed")), self._survivors(), own
+                config, self.rows(), read_vectors(stage("embed"), "retrieval"), self._survivors(), own
             ),
             "shards": self._shards,
         }
@@ -160,24 +211,38 @@ class _Run:
         items_stage(self.config, own, table, problems)
 
     def _shards(self, own: Stage) -> None:
-        own.open()
-        chosen = self._survivors()
-        if "retrieve" not in self.skipped():
-            chosen = self.stage("retrieve").table("selection.parquet")["row"].to_numpy()
-        names = write_shards(self.config, self.rows(), chosen, self.out / "shards", stop=self.stop)
+        own.open(self.share)
+        chosen, folder = self._selected(), self.out / "shards"
+        names = write_shards(self.config, self.rows(), chosen, folder, share=self.share, stop=self.stop)
+        if not self.share.whole:
+            return
         write_table(own.file("assignment.parquet"), pa.table({"row": chosen, "shard": [names[int(r)] for r in chosen]}))
         own.finish(images=len(chosen), shards=len(set(names.values())))
 
+    def _without_copies(self) -> np.ndarray:
+        """Pool rows left after the exact stage; sorted int64."""
+        return remaining(self.rows(), self.stage("exact"))
+
     def _to_embed(self) -> np.ndarray:
         rows = self.rows()
-        return np.sort(np.concatenate([remaining(rows, self.stage("exact")), rows.of("seed"), rows.of("guard")]))
+        return np.sort(np.concatenate([self._without_copies(), rows.of("seed"), rows.of("guard")]))
+
+    def _proposed(self) -> Stage:
+        """The stage with the candidate pairs, compared by pixels or not."""
+        return self.stage("join" if "verify" in self.skipped() else "verify")
 
     def _survivors(self) -> np.ndarray:
         """Pool rows that are neither duplicates nor leaks; sorted int64."""
-        left = surviving(remaining(self.rows(), self.stage("exact")), self.stage("dedup"))
+        left = surviving(self._without_copies(), self.stage("dedup"))
         if "guard" in self.skipped():
             return left
         return np.setdiff1d(left, self.stage("guard").table("leaks.parquet")["row"].to_numpy())
+
+    def _selected(self) -> np.ndarray:
+        """Rows that go into the shards; int64."""
+        if "retrieve" in self.skipped():
+            return self._survivors()
+        return self.stage("retrieve").table("selection.parquet")["row"].to_numpy()
 
     def conclude(self) -> None:
         """Write the manifest and the summary, unless they are of these very stages."""
@@ -187,7 +252,7 @@ class _Run:
         stages = {name: self.stage(name) for name in STAGES if name not in self.skipped()}
         assignment = stages["shards"].table("assignment.parquet").to_pydict()
         shard_of = dict(zip(assignment["row"], assignment["shard"], strict=True))
-        manifest = write_manifest(self.config, self.rows(), stages, read_vectors(stages["embed"]), shard_of)
+        manifest = write_manifest(self.config, self.rows(), stages, read_vectors(stages["embed"], "copy"), shard_of)
         write_summary(self.config, stages, self.skipped(), manifest)
         fates = manifest["fate"].to_pylist()
         counts = ", ".join(f"{fates.count(fate)} {fate.replace('_', ' ')}" for fate in FATES if fate in fates)

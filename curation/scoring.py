@@ -1,5 +1,6 @@
 """Pixel verification of many pairs: units of pairs in threads, or on the GPU where there is one."""
 
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,11 +17,12 @@ from runtime.world import choose_device
 
 from .config import CurateConfig
 from .rows import Rows, read_thumbs, thumb_files
-from .stage import Stage
+from .stage import WHOLE, Share, Stage
 from .threads import torch_threads
 from .verify import verify_pairs
 
 UNIT = 4096  # pairs
+PROPOSED = ("pool", "guard")  # tables of the join: pairs of pool images, and (evaluation image, pool image)
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,22 +57,64 @@ def judge_pairs(
     return score, score >= threshold
 
 
+def verify_stage(
+    config: CurateConfig, rows: Rows, decode: Stage, join: Stage, stage: Stage, stop: StopRequest | None, share: Share
+) -> None:
+    """Score every pair that the join proposed: `pool.parquet` and `guard.parquet` with a column `score`."""
+    stage.open(share)
+    tables = {name: join.table(f"{name}.parquet") for name in PROPOSED}
+    pairs = np.concatenate([as_pairs(table) for table in tables.values()])
+    files = _score_parts(config, rows, decode, pairs, stage, stop, share)
+    if not share.whole:
+        return
+    score, start = _read_scores(files), 0
+    for name, table in tables.items():
+        scored = table.append_column("score", pa.array(score[start : start + len(table)]))
+        write_table(stage.file(f"{name}.parquet"), scored)
+        start += len(table)
+    stage.finish(pairs=len(pairs))
+
+
+def as_pairs(table: pa.Table) -> np.ndarray:
+    """The pairs of rows in a table; int64 [E, 2]."""
+    return np.stack([table["row_a"].to_numpy(), table["row_b"].to_numpy()], axis=1)
+
+
 def score_pairs(
     config: CurateConfig, rows: Rows, decode: Stage, pairs: np.ndarray, stage: Stage, stop: StopRequest | None
 ) -> np.ndarray:
     """Agreement of each pair of rows (int64 [E, 2], sorted), 0 to 1; float32 [E]. Finished parts are read back."""
+    return _read_scores(_score_parts(config, rows, decode, pairs, stage, stop, WHOLE))
+
+
+def _read_scores(files: Sequence[Path]) -> np.ndarray:
+    return np.concatenate([np.empty(0, np.float32), *(pq.read_table(file)["score"].to_numpy() for file in files)])
+
+
+def _score_parts(
+    config: CurateConfig,
+    rows: Rows,
+    decode: Stage,
+    pairs: np.ndarray,
+    stage: Stage,
+    stop: StopRequest | None,
+    share: Share,
+) -> list[Path]:
+    """Write the scores of a share's parts that are not there yet; the files of all parts."""
     device = choose_device(config.device)
     files, aspect = tuple(thumb_files(decode)), rows.aspect
     units = []
     for index, start in enumerate(range(0, len(pairs), UNIT)):
         used, local = np.unique(pairs[start : start + UNIT], return_inverse=True)
         units.append(ScoreUnit(stage.part(index), files, used, aspect[used], local.reshape(-1, 2), str(device)))
-    waiting = [unit for unit in units if not _is_done(unit)]
-    done = len(pairs) - sum(len(unit.pairs) for unit in waiting)
+    own = share.of(units)
+    waiting = [unit for unit in own if not _is_done(unit)]
+    total = sum(len(unit.pairs) for unit in own)
+    done = total - sum(len(unit.pairs) for unit in waiting)
     if waiting:
-        with Progress(f"{stage.name}: verify", total=len(pairs), unit="pairs", done=done) as progress:
+        with Progress(f"{stage.name}: compare", total=total, unit="pairs", done=done) as progress:
             _score_units(waiting, 1 if device.type == "cuda" else max(1, config.workers), progress, stop)
-    return np.concatenate([np.empty(0, np.float32), *(pq.read_table(u.table)["score"].to_numpy() for u in units)])
+    return [unit.table for unit in units]
 
 
 def score_unit(unit: ScoreUnit) -> int:

@@ -29,6 +29,7 @@ from .hashes import content_id
 from .items import read_bytes
 from .pool import run_units
 from .rows import Rows
+from .stage import Share
 
 VERSION = 1  # of the folder's layout
 BLOCK = tarfile.BLOCKSIZE
@@ -68,29 +69,43 @@ class ShardUnit:
 
 
 def write_shards(
-    config: CurateConfig, rows: Rows, chosen: np.ndarray, folder: Path, *, stop: StopRequest | None
+    config: CurateConfig, rows: Rows, chosen: np.ndarray, folder: Path, *, share: Share, stop: StopRequest | None
 ) -> dict[int, str]:
     """Write the chosen rows as shards into `folder` and return the shard's name for each row.
 
     The order is shuffled by config.seed and depends on nothing but the content ids. A shard appears only when it is
-    whole; those that are there already, of the same selection, are kept.
+    whole; those that are there already, of the same selection, are kept. A share writes its own shards into a folder
+    that `claim_shards` has prepared.
     """
+    units = _plan(config, rows, chosen, folder)
+    if share.whole:
+        _claim(folder, units)
+    own = share.of(units)
+    waiting = [unit for unit in own if not unit.path.with_suffix(".idx").is_file()]
+    require_space(folder, sum(sample.size for unit in waiting for sample in unit.samples), what="writing shards")
+    total = sum(len(unit.samples) for unit in own)
+    done = total - sum(len(unit.samples) for unit in waiting)
+    with Progress("shards", total=total, unit="images", done=done) as progress:
+        workers = config.workers if len(waiting) > 1 else 0
+        for unit, _ in run_units(write_shard, waiting, workers=workers, stop=stop):
+            progress.advance(len(unit.samples))
+    if share.whole:
+        write_json(folder / "manifest.json", _manifest(config, units))
+    names = {sample.item_id: unit.path.name for unit in units for sample in unit.samples}
+    return {int(row): names[str(rows.ids[row])] for row in chosen}
+
+
+def claim_shards(config: CurateConfig, rows: Rows, chosen: np.ndarray, folder: Path) -> None:
+    """Make `folder` ready for shares of `write_shards`: shards of another selection are removed."""
+    _claim(folder, _plan(config, rows, chosen, folder))
+
+
+def _plan(config: CurateConfig, rows: Rows, chosen: np.ndarray, folder: Path) -> list[ShardUnit]:
     samples = _samples(rows, chosen)
     order = np.argsort(rows.ids[chosen])
     order = order[generator(config.seed, "shard order").permutation(len(order))]
     groups = _cut([samples[i] for i in order], config)
-    units = [ShardUnit(folder / f"train-{number:06d}.tar", tuple(group)) for number, group in enumerate(groups)]
-    _claim(folder, [[sample.item_id for sample in group] for group in groups])
-    waiting = [unit for unit in units if not unit.path.with_suffix(".idx").is_file()]
-    require_space(folder, sum(sample.size for unit in waiting for sample in unit.samples), what="writing shards")
-    done = len(chosen) - sum(len(unit.samples) for unit in waiting)
-    with Progress("shards", total=len(chosen), unit="images", done=done) as progress:
-        workers = config.workers if len(waiting) > 1 else 0
-        for unit, _ in run_units(write_shard, waiting, workers=workers, stop=stop):
-            progress.advance(len(unit.samples))
-    write_json(folder / "manifest.json", _manifest(config, units))
-    names = {sample.item_id: unit.path.name for unit in units for sample in unit.samples}
-    return {int(row): names[str(rows.ids[row])] for row in chosen}
+    return [ShardUnit(folder / f"train-{number:06d}.tar", tuple(group)) for number, group in enumerate(groups)]
 
 
 def write_shard(unit: ShardUnit) -> None:
@@ -210,8 +225,9 @@ def _cut(samples: Sequence[Sample], config: CurateConfig) -> list[list[Sample]]:
     return groups
 
 
-def _claim(folder: Path, selection: list[list[str]]) -> None:
+def _claim(folder: Path, units: Sequence[ShardUnit]) -> None:
     """Make the folder that of this selection: shards of another one are removed."""
+    selection = [[sample.item_id for sample in unit.samples] for unit in units]
     text = hashlib.sha256(json.dumps(selection).encode()).hexdigest()
     claim = folder / ".selection"
     if claim.is_file() and claim.read_text() == text:

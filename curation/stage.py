@@ -8,15 +8,47 @@ import hashlib
 import json
 import shutil
 import time
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from runtime.errors import UserError
 from runtime.files import read_json, write_json
 
-FORMAT = 1  # of the stage folders; a change makes every finished stage stale
+FORMAT = 2  # of the stage folders; a change makes every finished stage stale
+Unit = TypeVar("Unit")
+
+
+@dataclass(frozen=True)
+class Share:
+    """The part of a stage's units that one process does; by default all of them."""
+
+    index: int = 0
+    count: int = 1
+
+    @property
+    def whole(self) -> bool:
+        """Whether this process also concludes the stage."""
+        return self.count == 1
+
+    def of(self, units: Sequence[Unit]) -> list[Unit]:
+        """This process's units: every count-th."""
+        return list(units[self.index :: self.count])
+
+
+WHOLE = Share()
+
+
+def parse_share(text: str) -> Share:
+    """Share "3/16" is the fourth of sixteen. Raises UserError."""
+    index, slash, count = text.partition("/")
+    if not (slash and index.isdecimal() and count.isdecimal() and int(index) < int(count)):
+        raise UserError(f"--share: found {text!r}; expected I/N with 0 <= I < N, for example 0/4 and 3/4")
+    return Share(int(index), int(count))
 
 
 class Stage:
@@ -34,11 +66,28 @@ class Stage:
         marker = self.folder / "done.json"
         return marker.is_file() and read_json(marker)["key"] == self.key
 
-    def open(self) -> None:
-        """Make the folder ours: empty unless it holds parts of the same inputs."""
-        self.started = time.monotonic()
+    @property
+    def opened(self) -> bool:
+        """Whether the folder is claimed for these inputs."""
         claim = self.folder / "stage.json"
-        if not claim.is_file() or read_json(claim)["key"] != self.key:
+        return claim.is_file() and read_json(claim)["key"] == self.key
+
+    def open(self, share: Share = WHOLE) -> None:
+        """Make the folder ours: empty unless it holds parts of the same inputs.
+
+        A share joins a folder that the job before it has opened: it removes nothing, for others are at work there.
+        Raises UserError when there is no such folder.
+        """
+        self.started = time.monotonic()
+        if not share.whole:
+            if not self.opened:
+                raise UserError(
+                    f"--share: stage {self.name} is not open in {self.folder.parent.parent} for this config\n"
+                    f"  first finish the stage before it without --share"
+                )
+            return
+        claim = self.folder / "stage.json"
+        if not self.opened:
             if self.folder.exists():
                 shutil.rmtree(self.folder)
             write_json(claim, {"key": self.key, "inputs": self.inputs})

@@ -11,6 +11,8 @@ from typing import TypeVar
 
 from curation import run as curation
 from curation.config import CurateConfig
+from curation.embed import embedders
+from curation.stage import WHOLE, Share
 from distill.config import DistillConfig
 from distill.train import distill
 from evaluation.config import EvaluateConfig
@@ -83,7 +85,7 @@ def _foreign(paths: Sequence[str]) -> tuple[str, ...]:
 def plan(config: RunConfig) -> list[str]:
     """What a run would do, line by line."""
     lines = [f"curate {', '.join(config.source.paths)} -> {config.out}/curate"]
-    if config.embed.model == "bootstrap":
+    if needs_bootstrap(config):
         lines.append(f"  embedder: {describe(config.bootstrap)}")
     for what, paths in (("seeds", config.seeds.paths), ("evaluation guard", config.guard.paths)):
         lines.append(f"  {what}: {', '.join(paths) or 'none given, stage left out'}")
@@ -93,13 +95,25 @@ def plan(config: RunConfig) -> list[str]:
     return [*lines, f"report -> {config.out}/report.html"]
 
 
-def curate(config: CurateRunConfig, *, stages: Sequence[str] | None = None, stop: StopRequest | None = None) -> Path:
-    """`curation.run.curate`, with the `bootstrap` embedder trained on the raw pool before it is needed."""
+def needs_bootstrap(config: CurateConfig) -> bool:
+    """Whether a model that this config embeds with is to be trained on its own pool."""
+    return "bootstrap" in {spec.model for spec in embedders(config).values()}
+
+
+def curate(
+    config: CurateRunConfig,
+    *,
+    stages: Sequence[str] | None = None,
+    share: Share = WHOLE,
+    stop: StopRequest | None = None,
+) -> Path:
+    """`curation.run.curate`, with the `bootstrap` embedder trained on the raw pool as soon as stage exact is done."""
     own = CurateConfig(**{f.name: getattr(config, f.name) for f in dataclasses.fields(CurateConfig)})
-    if own.embed.model == "bootstrap" and (stages is None or "embed" in stages):
-        curation.curate(own, stages=BEFORE_EMBEDDING, stop=stop)
+    if needs_bootstrap(own) and share.whole and (stages is None or {"exact", "embed"} & set(stages)):
+        before = BEFORE_EMBEDDING if stages is None or "embed" in stages else stages
+        curation.curate(own, stages=[name for name in curation.STAGES if name in before], stop=stop)
         train_bootstrap(config, own, stop=stop)
-    return curation.curate(own, stages=stages, stop=stop)
+    return curation.curate(own, stages=stages, share=share, stop=stop)
 
 
 def train_bootstrap(config: CurateRunConfig, own: CurateConfig, *, stop: StopRequest | None) -> None:

@@ -48,6 +48,7 @@ def add_verbs(verbs: Any) -> None:
     )
     takes_config(verb)
     verb.add_argument("--stages", metavar="a,b", help="only these stages, in their order (all)")
+    verb.add_argument("--share", metavar="I/N", help="with one stage: do every N-th of its units, from the I-th (all)")
 
     verb = add(
         verbs,
@@ -248,14 +249,17 @@ def run(args: argparse.Namespace, stop: StopRequest) -> int:
 
 
 def curate(args: argparse.Namespace, stop: StopRequest) -> int:
+    from curation.stage import Share, parse_share
+
     from . import pipeline
 
     config = load_config("curate", args)
     stages = args.stages.split(",") if args.stages else None
+    share = parse_share(args.share) if args.share else Share()
     if args.dry_run:
         return show_plan(config, [f"curate {', '.join(config.source.paths)} -> {config.out}"])
-    print(pipeline.curate(config, stages=stages, stop=stop), flush=True)
-    if (Path(config.out) / "manifest.parquet").is_file():
+    print(pipeline.curate(config, stages=stages, share=share, stop=stop), flush=True)
+    if share.whole and (Path(config.out) / "manifest.parquet").is_file():
         write_page(config.out)
     return EXIT_DONE
 

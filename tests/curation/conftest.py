@@ -12,7 +12,15 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from curation.config import CurateConfig, EmbedConfig, GuardConfig, SeedsConfig, SourceConfig
+from curation.config import (
+    CopyModelConfig,
+    CurateConfig,
+    EmbedConfig,
+    GuardConfig,
+    RetrievalModelConfig,
+    SeedsConfig,
+    SourceConfig,
+)
 from runtime.files import locate
 from runtime.tars import group_samples, scan_tar
 
@@ -119,6 +127,10 @@ def config(pack, export) -> CurateConfig:
         source=SourceConfig(paths=(f"{pack}/pool/a.tar", f"{pack}/pool/loose"), part_size=20),
         guard=GuardConfig(paths=(f"{pack}/eval",), k=4),
         seeds=SeedsConfig(paths=(f"{pack}/seeds",)),
-        embed=EmbedConfig(model=f"export:{export}", size=64, batch_size=16),
+        embed=EmbedConfig(
+            copy=CopyModelConfig(f"export:{export}", 64),
+            retrieval=RetrievalModelConfig(f"export:{export}", 64),
+            batch_size=16,
+        ),
         dedup=replace(CurateConfig().dedup, k=4, views=4, threshold=0.9),
     )

@@ -9,11 +9,11 @@ import torch
 from safetensors.torch import save_file
 
 from curation.backbone import load_embedder, model_identity
-from curation.config import EmbedConfig
 from pretrain.export import load_backbone
 from pretrain.model.vit import Shape, VisionTransformer
 from runtime.errors import UserError
 
+KEY = "embed.copy.model"
 CPU = torch.device("cpu")
 SHAPE = Shape(dim=32, depth=2, num_heads=2, patch_size=8, image_size=32, num_registers=0, ffn="mlp", mlp_ratio=4.0)
 
@@ -40,7 +40,7 @@ def write_export(folder, shape: Shape) -> None:
 def test_vectors_equal_those_of_the_training_code(tmp_path, shape):
     write_export(tmp_path / "export", shape)
     model, _ = load_backbone(tmp_path / "export")
-    embedder = load_embedder(EmbedConfig(model=f"export:{tmp_path / 'export'}"), tmp_path, CPU)
+    embedder = load_embedder(f"export:{tmp_path / 'export'}", None, tmp_path, CPU, key=KEY)
     images = torch.randint(0, 256, (3, 3, 32, 32), dtype=torch.uint8)
     pixels = (images / 255 - torch.tensor([0.4, 0.5, 0.6])[:, None, None]) / torch.tensor([0.2, 0.3, 0.4])[
         :, None, None
@@ -51,18 +51,18 @@ def test_vectors_equal_those_of_the_training_code(tmp_path, shape):
 
 
 def test_other_sizes_give_unit_vectors(export, tmp_path):
-    embedder = load_embedder(EmbedConfig(model=f"export:{export}", size=96), tmp_path, CPU)
+    embedder = load_embedder(f"export:{export}", 96, tmp_path, CPU, key=KEY)
     vectors = embedder(torch.randint(0, 256, (2, 3, 96, 96), dtype=torch.uint8))
     torch.testing.assert_close(vectors.norm(dim=1), torch.ones(2))
 
 
 def test_bootstrap_is_the_export_in_the_run_folder(export, tmp_path):
-    config = EmbedConfig(size=64)
+    config = ("bootstrap", 64)
     with pytest.raises(UserError, match=r"no export in .*bootstrap/model"):
-        load_embedder(config, tmp_path, CPU)
+        load_embedder(*config, tmp_path, CPU, key=KEY)
     shutil.copytree(export, tmp_path / "bootstrap" / "model")
-    assert load_embedder(config, tmp_path, CPU)(torch.zeros(1, 3, 64, 64, dtype=torch.uint8)).shape == (1, 64)
-    assert model_identity(config, tmp_path) == model_identity(EmbedConfig(model=f"export:{export}"), tmp_path)
+    assert load_embedder(*config, tmp_path, CPU, key=KEY)(torch.zeros(1, 3, 64, 64, dtype=torch.uint8)).shape == (1, 64)
+    assert model_identity(config[0], tmp_path, key=KEY) == model_identity(f"export:{export}", tmp_path, key=KEY)
 
 
 def test_timm_models_load_with_a_checkpoint(tmp_path):
@@ -70,13 +70,13 @@ def test_timm_models_load_with_a_checkpoint(tmp_path):
 
     model = timm.create_model("vit_tiny_patch16_224", num_classes=0).eval()
     torch.save(model.state_dict(), tmp_path / "weights.pt")
-    config = EmbedConfig(model=f"timm:vit_tiny_patch16_224@{tmp_path / 'weights.pt'}", size=64)
-    embedder = load_embedder(config, tmp_path, CPU)
+    config = (f"timm:vit_tiny_patch16_224@{tmp_path / 'weights.pt'}", 64)
+    embedder = load_embedder(*config, tmp_path, CPU, key=KEY)
     assert embedder(torch.zeros(2, 3, 64, 64, dtype=torch.uint8)).shape == (2, 192)
-    assert model_identity(config, tmp_path) != config.model
+    assert model_identity(config[0], tmp_path, key=KEY) != config[0]
     torch.save({"other": torch.zeros(1)}, tmp_path / "weights.pt")
-    with pytest.raises(UserError, match=r"embed\.model: timm:vit_tiny"):
-        load_embedder(config, tmp_path, CPU)
+    with pytest.raises(UserError, match=r"embed\.copy\.model: timm:vit_tiny"):
+        load_embedder(*config, tmp_path, CPU, key=KEY)
 
 
 @pytest.mark.parametrize(
@@ -90,20 +90,20 @@ def test_timm_models_load_with_a_checkpoint(tmp_path):
 )
 def test_a_wrong_model_is_named(tmp_path, model, expected):
     with pytest.raises(UserError, match=expected):
-        load_embedder(EmbedConfig(model=model), tmp_path, CPU)
+        load_embedder(model, None, tmp_path, CPU, key=KEY)
 
 
 def test_damaged_exports_and_sizes_that_do_not_fit_are_named(export, tmp_path):
-    with pytest.raises(UserError, match=r"embed\.size: 60 is no multiple of the model's patch size 16"):
-        load_embedder(EmbedConfig(model=f"export:{export}", size=60), tmp_path, CPU)
+    with pytest.raises(UserError, match=r"size 60 is no multiple of the model's patch size 16"):
+        load_embedder(f"export:{export}", 60, tmp_path, CPU, key=KEY)
     shutil.copytree(export, tmp_path / "cut")
     data = (export / "model.safetensors").read_bytes()
     (tmp_path / "cut" / "model.safetensors").write_bytes(data[: len(data) // 2])
     with pytest.raises(UserError, match=r"is damaged"):
-        load_embedder(EmbedConfig(model=f"export:{tmp_path / 'cut'}", size=64), tmp_path, CPU)
+        load_embedder(f"export:{tmp_path / 'cut'}", 64, tmp_path, CPU, key=KEY)
     shutil.copytree(export, tmp_path / "other")
     card = json.loads((export / "card.json").read_text())
     card["model"]["depth"] = 3
     (tmp_path / "other" / "card.json").write_text(json.dumps(card))
     with pytest.raises(UserError, match=r"do not fit its card\.json"):
-        load_embedder(EmbedConfig(model=f"export:{tmp_path / 'other'}", size=64), tmp_path, CPU)
+        load_embedder(f"export:{tmp_path / 'other'}", 64, tmp_path, CPU, key=KEY)

@@ -14,7 +14,7 @@ from curation.config import CurateConfig, DecodeConfig, SourceConfig
 from curation.decoding import THUMB, decode_stage
 from curation.items import items_stage, list_items
 from curation.rows import Rows, read_rows, read_thumbs, thumb_files
-from curation.stage import Stage
+from curation.stage import WHOLE, Stage
 from runtime.errors import UserError
 from runtime.files import locate
 
@@ -23,7 +23,7 @@ def decoded(out: Path, config: CurateConfig) -> tuple[Rows, Stage]:
     items, decode = Stage(out, "items", {}), Stage(out, "decode", {})
     items.open()
     items_stage(config, items, *list_items(config))
-    decode_stage(config, items, decode, None)
+    decode_stage(config, items, decode, None, WHOLE)
     return read_rows(items, decode), decode
 
 
@@ -120,7 +120,7 @@ def test_an_image_that_kills_its_decoder_again_and_again_is_rejected(tmp_path):
     killer = threading.Thread(target=kill_whoever_reads)
     killer.start()
     try:
-        decode_stage(config, items, decode, None)
+        decode_stage(config, items, decode, None, WHOLE)
     finally:
         finished.set()
         killer.join()

@@ -14,7 +14,7 @@ from curation.decoding import decode_stage
 from curation.items import items_stage, list_items
 from curation.rows import Rows, read_rows
 from curation.scoring import score_pairs
-from curation.stage import Stage
+from curation.stage import WHOLE, Stage
 from runtime.errors import Stopped
 from runtime.signals import StopRequest
 
@@ -30,7 +30,7 @@ def decoded(config, tmp_path_factory) -> tuple[Rows, Stage]:
     items, decode = Stage(out, "items", {}), Stage(out, "decode", {})
     items.open()
     items_stage(config, items, *list_items(config))
-    decode_stage(config, items, decode, None)
+    decode_stage(config, items, decode, None, WHOLE)
     return read_rows(items, decode), decode
 
 
