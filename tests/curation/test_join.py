@@ -1,5 +1,6 @@
 import numpy as np
 import pytest
+import torch
 
 from curation.hashes import hamming
 from curation.join import cosines, hash_pairs, knn_pairs, pair_recall, self_pairs, wilson_interval
@@ -19,6 +20,23 @@ def test_neighbours_equal_brute_force():
     similarity = queries @ base.T
     expected = {(q, int(b)) for q in range(30) for b in np.argsort(-similarity[q])[:5] if similarity[q, b] >= 0.4}
     assert as_set(knn_pairs(queries, base, k=5, threshold=0.4)) == expected
+
+
+def test_blocks_of_neighbours_are_merged(monkeypatch):
+    queries, base = unit_vectors(30, 8), unit_vectors(50, 8, seed=1)
+    expected = knn_pairs(queries, base, k=5, threshold=-1)
+    monkeypatch.setattr("curation.join.QUERIES", 7)
+    monkeypatch.setattr("curation.join.BASE", 3)
+    np.testing.assert_array_equal(knn_pairs(queries, base, k=5, threshold=-1), expected)
+    units = [knn_pairs(queries, base, k=5, threshold=-1, rows=rows) for rows in ((0, 9), (9, 30))]
+    np.testing.assert_array_equal(np.concatenate(units), expected)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_neighbours_on_a_gpu():
+    queries, base = unit_vectors(300, 64), unit_vectors(5000, 64, seed=1)
+    found = as_set(knn_pairs(queries, base, k=16, threshold=0.2, device="cuda"))
+    assert len(found ^ as_set(knn_pairs(queries, base, k=16, threshold=0.2))) <= 4
 
 
 def test_more_neighbours_than_images_are_all_images():
