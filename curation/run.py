@@ -73,6 +73,21 @@ def curate(
     return Path(config.out)
 
 
+def unfinished(config: CurateConfig) -> tuple[str, ...]:
+    """The stages that `curate` would still do, in their order; the last one where only the manifest is missing.
+
+    Raises UserError when the output folder belongs to another config.
+    """
+    run = _Run(config, Share(), None)
+    if (run.out / "config.yaml").is_file():
+        claim_output(run.out, run.config)
+    needed = [name for name in STAGES if name not in run.skipped()]
+    for position, name in enumerate(needed):
+        if name == "embed" and not run.embedders_exist() or not run.stage(name).done:
+            return tuple(needed[position:])
+    return () if (run.out / "summary.json").is_file() else (STAGES[-1],)
+
+
 def write_raw_shards(config: CurateConfig, folder: Path) -> Path:
     """The decodable pool without exact duplicates as shards in `folder`: what a bootstrap embedder is trained on.
 
@@ -157,7 +172,7 @@ class _Run:
         following = [name for name in left if STAGES.index(name) > STAGES.index(wanted[-1])]
         if not following or following[0] not in PARALLEL:
             return
-        if following[0] == "embed" and not self._embedders_exist():
+        if following[0] == "embed" and not self.embedders_exist():
             return  # a bootstrap embedder is trained first
         stage = self.stage(following[0])
         if not stage.done:
@@ -165,7 +180,7 @@ class _Run:
             if following[0] == "shards":
                 claim_shards(self.config, self.rows(), self._selected(), self.out / "shards")
 
-    def _embedders_exist(self) -> bool:
+    def embedders_exist(self) -> bool:
         try:
             identities(self.config)
         except UserError:
@@ -249,6 +264,8 @@ class _Run:
         if not self.worked and (self.out / "summary.json").is_file():
             say(f"curate: finished already, see {self.out / 'summary.json'}")
             return
+        for leftover in [*self.out.glob(".*.tmp"), *(self.out / "shards").glob(".*.tmp")]:  # of a killed run
+            leftover.unlink()
         stages = {name: self.stage(name) for name in STAGES if name not in self.skipped()}
         assignment = stages["shards"].table("assignment.parquet").to_pydict()
         shard_of = dict(zip(assignment["row"], assignment["shard"], strict=True))
