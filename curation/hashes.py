@@ -7,7 +7,7 @@ import numpy as np
 from PIL import Image, ImageOps
 
 
-def content_id(data: bytes) -> str:
+def content_id(data: bytes | memoryview) -> str:
     """32 hex digits of the SHA-256 of a file's bytes: the name of an image everywhere in the house."""
     return hashlib.sha256(data).hexdigest()[:32]
 

@@ -113,15 +113,26 @@ def read_bytes(source: str, offset: int, length: int) -> bytes:
 
     Raises OSError.
     """
-    path = _locate(source)
     if parquet.is_address(source):
-        return parquet.read_row(path, offset)
-    status = os.stat(path)
-    file = _open(path, (status.st_ino, status.st_mtime_ns, status.st_size))
+        return parquet.read_row(_locate(source), offset)
+    file = _open(_locate(source))
     data = os.pread(file.descriptor, length, offset)
     while len(data) < length and (more := os.pread(file.descriptor, length - len(data), offset + len(data))):
         data += more  # one call reads 2 GB at most
     return data
+
+
+def read_into(place: memoryview, source: str, offset: int) -> int:
+    """Fill `place` like `read_bytes`, without a copy; the number of bytes that were there. Raises OSError."""
+    if parquet.is_address(source):
+        data = parquet.read_row(_locate(source), offset)
+        place[: len(data)] = data[: len(place)]
+        return len(data)
+    file = _open(_locate(source))
+    done = os.preadv(file.descriptor, [place], offset)
+    while done < len(place) and (more := os.preadv(file.descriptor, [place[done:]], offset + done)):
+        done += more
+    return done
 
 
 class _OpenFile:
@@ -135,9 +146,14 @@ class _OpenFile:
             os.close(self.descriptor)
 
 
+def _open(path: str) -> _OpenFile:
+    """A file open for reading, from the cache unless it was replaced since. Raises OSError."""
+    status = os.stat(path)
+    return _open_stamped(path, (status.st_ino, status.st_mtime_ns, status.st_size))
+
+
 @lru_cache(maxsize=OPEN_FILES)
-def _open(path: str, stamp: tuple[int, int, int]) -> _OpenFile:
-    """An open file; `stamp` is another one when the file was replaced."""
+def _open_stamped(path: str, stamp: tuple[int, int, int]) -> _OpenFile:
     return _OpenFile(path)
 
 

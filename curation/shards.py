@@ -6,6 +6,7 @@ random access), beside all of them `manifest.json` with sizes and check sums.
 
 import hashlib
 import json
+import os
 import tarfile
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -22,11 +23,12 @@ from runtime.files import locate, read_json, replacing, require_space, sha256, w
 from runtime.progress import Progress
 from runtime.seeding import generator
 from runtime.signals import StopRequest
-from runtime.tars import Member, group_samples, scan_tar
+from runtime.tars import Member, TarWriter, group_samples, member_header, scan_tar
 
 from .config import CurateConfig, result_hash
 from .hashes import content_id
-from .items import read_bytes
+from .items import read_bytes, read_into
+from .parquet import is_address
 from .pool import run_units
 from .rows import Rows
 from .stage import Share
@@ -34,6 +36,7 @@ from .stage import Share
 VERSION = 1  # of the folder's layout
 BLOCK = tarfile.BLOCKSIZE
 EXTENSIONS = {"JPEG": "jpg", "MPO": "jpg", "TIFF": "tif", "JPEG2000": "jp2"}  # of formats not named like their files
+CHECKSUM = b"sha256"  # of the whole tar, in the metadata of its index's schema
 INDEX = pa.schema([("key", pa.string()), ("extension", pa.string()), ("offset", pa.int64()), ("length", pa.int64())])
 
 
@@ -110,21 +113,59 @@ def _plan(config: CurateConfig, rows: Rows, chosen: np.ndarray, folder: Path) ->
 
 def write_shard(unit: ShardUnit) -> None:
     """Write one tar and its index. Raises UserError when a source has changed since it was decoded."""
-    index = []
-    with replacing(unit.path) as temporary, temporary.open("wb") as tar:
+    index: tuple[list, ...] = ([], [], [], [])
+    with replacing(unit.path) as temporary, temporary.open("w+b", buffering=0) as file:
+        unpacked = _unpack_parquet(unit, file.fileno())
+        tar = TarWriter(file.fileno())
         for sample in unit.samples:
             for number, piece in enumerate(sample.pieces):
-                data = read_bytes(piece.source, piece.offset, piece.length)
-                if len(data) != piece.length or (number == 0 and content_id(data) != sample.item_id):
-                    raise UserError(
-                        f"source: {piece.source} has changed since it was decoded; start with another out=..."
-                    )
-                tar.write(_header(f"{sample.item_id}.{piece.extension}", len(data)))
-                index.append((sample.item_id, piece.extension, tar.tell(), len(data)))
-                tar.write(data + bytes(-len(data) % BLOCK))
-        tar.write(bytes(2 * BLOCK))
-    columns = list(zip(*index, strict=True))
-    write_table(unit.path.with_suffix(".idx"), pa.table([pa.array(c) for c in columns], schema=INDEX))  # says: done
+                offset, place = tar.add(f"{sample.item_id}.{piece.extension}", piece.length)
+                if unpacked and is_address(piece.source):
+                    os.preadv(file.fileno(), [place], offset)
+                elif _read(piece, place) != piece.length:
+                    raise _changed(piece)
+                if number == 0 and content_id(place) != sample.item_id:
+                    raise _changed(piece)
+                for column, value in zip(index, (sample.item_id, piece.extension, offset, piece.length), strict=True):
+                    column.append(value)
+        checksum = tar.finish()
+    table = pa.table([pa.array(column) for column in index], schema=INDEX.with_metadata({CHECKSUM: checksum}))
+    write_table(unit.path.with_suffix(".idx"), table)  # last: its presence says that the shard is done
+
+
+def _unpack_parquet(unit: ShardUnit, descriptor: int) -> bool:
+    """Put what comes from parquet files at its place in the tar, in the order of the rows; whether there is any.
+
+    A row is read with its row group; in the shuffled order of the shard each group would be read again and again.
+    """
+    if not any(is_address(piece.source) for sample in unit.samples for piece in sample.pieces):
+        return False
+    places = []
+    position = 0
+    for sample in unit.samples:
+        for piece in sample.pieces:
+            position += len(member_header(f"{sample.item_id}.{piece.extension}", piece.length))
+            if is_address(piece.source):
+                places.append((piece.source, piece.offset, position, piece))
+            position += -(-piece.length // BLOCK) * BLOCK
+    for _, _, position, piece in sorted(places, key=lambda place: place[:3]):
+        data = memoryview(bytearray(piece.length))
+        if _read(piece, data) != piece.length:
+            raise _changed(piece)
+        os.pwrite(descriptor, data, position)
+    return True
+
+
+def _read(piece: Piece, place: memoryview) -> int:
+    """Bring the bytes of a piece to their place; how many there were."""
+    try:
+        return read_into(place, piece.source, piece.offset)
+    except OSError as error:
+        raise UserError(f"source: {piece.source} was readable before and is not now ({error})") from None
+
+
+def _changed(piece: Piece) -> UserError:
+    return UserError(f"source: {piece.source} has changed since it was decoded; start with another out=...")
 
 
 def inspect_shards(paths: Sequence[str]) -> dict[str, Any]:
@@ -237,20 +278,13 @@ def _claim(folder: Path, units: Sequence[ShardUnit]) -> None:
     write_text(claim, text)
 
 
-def _header(name: str, length: int) -> bytes:
-    """A tar header that says nothing of when and where it was written."""
-    entry = tarfile.TarInfo(name)
-    entry.size, entry.mode, entry.mtime = length, 0o644, 0
-    return entry.tobuf(tarfile.PAX_FORMAT)
-
-
 def _manifest(config: CurateConfig, units: Sequence[ShardUnit]) -> dict[str, Any]:
     shards = [
         {
             "name": unit.path.name,
             "samples": len(unit.samples),
             "bytes": unit.path.stat().st_size,
-            "sha256": sha256(unit.path),
+            "sha256": _checksum(unit.path),
             "index_sha256": sha256(unit.path.with_suffix(".idx")),
         }
         for unit in units
@@ -262,6 +296,12 @@ def _manifest(config: CurateConfig, units: Sequence[ShardUnit]) -> dict[str, Any
         "config_hash": result_hash(config),
         "provenance": {"tool": "troodon curate", "sources": sorted(config.source.paths), "seed": config.seed},
     }
+
+
+def _checksum(tar: Path) -> str:
+    """SHA-256 of a shard, as its writer left it in the index."""
+    metadata = pq.read_schema(tar.with_suffix(".idx")).metadata or {}
+    return metadata[CHECKSUM].decode() if CHECKSUM in metadata else sha256(tar)
 
 
 def _tars(paths: Sequence[str]) -> list[Path]:

@@ -1,8 +1,10 @@
-"""Tar files as tables of members: offsets and lengths from a walk over the headers, no data read.
+"""Tar files as tables of members: offsets and lengths from a walk over the headers, no data read; and headers to write.
 
 The same rules as webdataset: a sample is a run of members whose names agree up to the first dot of the base name.
 """
 
+import hashlib
+import os
 import re
 import tarfile
 from collections.abc import Sequence
@@ -13,6 +15,12 @@ from .errors import UserError
 
 NAME = re.compile(r"^((?:.*/|)[^./]+)[.]([^/]*)$", re.DOTALL)
 BLOCK = tarfile.BLOCKSIZE
+WRITE = 1 << 20  # bytes written at a time; few enough to stay in the processor's cache until they are summed
+LONGEST_NAME = tarfile.LENGTH_NAME  # bytes in a plain header; longer names need a second one
+LARGEST_FILE = 8**11 - 1  # bytes in a plain header
+# What follows the check sum and the type "0"; the sum counts the check sum itself as eight spaces.
+REST = b"".ljust(100, b"\0") + b"ustar\00000" + b"".ljust(64 + 16 + 155 + 12, b"\0")
+REST_SUM = sum(REST) + ord("0") + 8 * ord(" ")
 
 
 @dataclass(frozen=True)
@@ -86,6 +94,64 @@ def group_samples(members: Sequence[Member]) -> tuple[list[tuple[Member, ...]], 
         else:
             groups[member.key].append(member)
     return [tuple(group) for group in groups.values()], problems
+
+
+def member_header(name: str, length: int) -> bytes:
+    """A tar header that says nothing of when, where and by whom it was written: mode 644, all else zero.
+
+    The bytes of `tarfile.TarInfo(name).tobuf(PAX_FORMAT)`, for short plain names ten times as fast.
+    """
+    if name.isascii() and len(name) <= LONGEST_NAME and length <= LARGEST_FILE:
+        start = (
+            name.encode().ljust(LONGEST_NAME, b"\0") + b"0000644\0000000000\0000000000\0%011o\00000000000000\0" % length
+        )
+        return b"%b%06o\0 0%b" % (start, sum(start) + REST_SUM, REST)
+    entry = tarfile.TarInfo(name)
+    entry.size, entry.mode, entry.mtime = length, 0o644, 0
+    return entry.tobuf(tarfile.PAX_FORMAT)
+
+
+class TarWriter:
+    """A tar written front to back in large blocks, with its check sum; the caller fills in the data of each member."""
+
+    def __init__(self, descriptor: int):
+        self.descriptor = descriptor
+        self.digest = hashlib.sha256()
+        self.buffer = memoryview(bytearray(WRITE))
+        self.filled = 0  # bytes of the buffer in use
+        self.written = 0  # bytes in the file
+
+    def add(self, name: str, length: int) -> tuple[int, memoryview]:
+        """A new member: the offset of its data in the tar, and where to put them before the next call."""
+        header = member_header(name, length)
+        start = len(header)
+        size = start + -(-length // BLOCK) * BLOCK
+        if self.filled + size > len(self.buffer):
+            self._flush()
+            if size > len(self.buffer):
+                self.buffer = memoryview(bytearray(size))
+        member = self.buffer[self.filled : self.filled + size]
+        member[:start] = header
+        member[start + length :] = bytes(size - start - length)
+        offset = self.written + self.filled + start
+        self.filled += size
+        return offset, member[start : start + length]
+
+    def finish(self) -> str:
+        """Close the tar; SHA-256 of all of it, in hex."""
+        self._flush()
+        self.buffer[: 2 * BLOCK] = bytes(2 * BLOCK)
+        self.filled = 2 * BLOCK
+        self._flush()
+        return self.digest.hexdigest()
+
+    def _flush(self) -> None:
+        part = self.buffer[: self.filled]
+        self.digest.update(part)
+        while part:
+            count = os.pwrite(self.descriptor, part, self.written)
+            self.written, part = self.written + count, part[count:]
+        self.filled = 0
 
 
 def _refuse_compressed(path: Path, start: bytes) -> None:

@@ -17,7 +17,7 @@ from curation.decoding import decode_stage
 from curation.items import items_stage, list_items, read_bytes
 from curation.rows import Rows, read_rows
 from curation.shards import inspect_shards, verify_shards, write_shards
-from curation.stage import Stage
+from curation.stage import WHOLE, Stage
 from runtime.errors import UserError
 from runtime.files import locate
 from runtime.tars import scan_tar
@@ -53,14 +53,14 @@ def rows(config, tmp_path_factory) -> Rows:
     items, decode = Stage(out, "items", {}), Stage(out, "decode", {})
     items.open()
     items_stage(config, items, *list_items(config))
-    decode_stage(config, items, decode, None)
+    decode_stage(config, items, decode, None, WHOLE)
     return read_rows(items, decode)
 
 
 @pytest.fixture(scope="module")
 def shards(config, rows, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("shards")
-    write_shards(config, rows, rows.of("pool"), folder, stop=None)
+    write_shards(config, rows, rows.of("pool"), folder, share=WHOLE, stop=None)
     return folder
 
 
@@ -117,26 +117,26 @@ def test_shards_keep_to_their_size_and_the_manifest_describes_them(rows, shards,
 
 def test_the_same_selection_gives_the_same_bytes_and_another_seed_another_order(config, rows, shards, tmp_path):
     shuffled = np.random.default_rng(0).permutation(rows.of("pool"))
-    write_shards(replace(config, workers=2), rows, shuffled, tmp_path / "again", stop=None)
+    write_shards(replace(config, workers=2), rows, shuffled, tmp_path / "again", share=WHOLE, stop=None)
     assert files_of(tmp_path / "again") == files_of(shards)
-    write_shards(replace(config, seed=1), rows, shuffled, tmp_path / "other", stop=None)
+    write_shards(replace(config, seed=1), rows, shuffled, tmp_path / "other", share=WHOLE, stop=None)
     assert files_of(tmp_path / "other") != files_of(shards)
 
 
 def test_shards_that_are_there_are_kept_and_missing_ones_written(config, rows, shards, tmp_path):
     folder = tmp_path / "shards"
-    write_shards(config, rows, rows.of("pool"), folder, stop=None)
+    write_shards(config, rows, rows.of("pool"), folder, share=WHOLE, stop=None)
     kept, lost = folder / "train-000000.tar", folder / "train-000001.idx"
     before = kept.stat().st_mtime_ns
     lost.unlink()
-    write_shards(config, rows, rows.of("pool"), folder, stop=None)
+    write_shards(config, rows, rows.of("pool"), folder, share=WHOLE, stop=None)
     assert kept.stat().st_mtime_ns == before
     assert files_of(folder) == files_of(shards)
 
 
 def test_shards_of_another_selection_are_removed(config, rows, tmp_path):
-    write_shards(config, rows, rows.of("pool"), tmp_path, stop=None)
-    write_shards(config, rows, rows.of("pool")[:2], tmp_path, stop=None)
+    write_shards(config, rows, rows.of("pool"), tmp_path, share=WHOLE, stop=None)
+    write_shards(config, rows, rows.of("pool")[:2], tmp_path, share=WHOLE, stop=None)
     assert [path.name for path in tmp_path.glob("*.tar")] == ["train-000000.tar"]
     assert verify_shards(tmp_path) == []
 
@@ -184,18 +184,18 @@ def test_a_source_that_changed_is_an_error(tmp_path):
     items, decode = Stage(tmp_path, "items", {}), Stage(tmp_path, "decode", {})
     items.open()
     items_stage(config, items, *list_items(config))
-    decode_stage(config, items, decode, None)
+    decode_stage(config, items, decode, None, WHOLE)
     rows = read_rows(items, decode)
     flip(heap / "a.jpg", 3000)
     with pytest.raises(UserError, match=r"a\.jpg has changed since it was decoded"):
-        write_shards(config, rows, rows.of("pool"), tmp_path / "shards", stop=None)
+        write_shards(config, rows, rows.of("pool"), tmp_path / "shards", share=WHOLE, stop=None)
     assert not list((tmp_path / "shards").glob("train-*"))
 
 
 def test_a_full_disk_is_noticed_before_writing(config, rows, tmp_path, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10**9, 10**9, 1000))
     with pytest.raises(UserError, match=r"writing shards needs about .* 1.0 KB are free"):
-        write_shards(config, rows, rows.of("pool"), tmp_path / "shards", stop=None)
+        write_shards(config, rows, rows.of("pool"), tmp_path / "shards", share=WHOLE, stop=None)
 
 
 def test_long_extensions_and_strange_letters_survive(tmp_path):
@@ -209,8 +209,8 @@ def test_long_extensions_and_strange_letters_survive(tmp_path):
     items, decode = Stage(tmp_path, "items", {}), Stage(tmp_path, "decode", {})
     items.open()
     items_stage(config, items, *list_items(config))
-    decode_stage(config, items, decode, None)
-    write_shards(config, read_rows(items, decode), np.array([0]), tmp_path / "shards", stop=None)
+    decode_stage(config, items, decode, None, WHOLE)
+    write_shards(config, read_rows(items, decode), np.array([0]), tmp_path / "shards", share=WHOLE, stop=None)
     members, problem = scan_tar(tmp_path / "shards" / "train-000000.tar")
     assert problem is None
     assert [member.extension for member in members] == ["jpg", f"{'x' * 90}.json", "übung.txt"]

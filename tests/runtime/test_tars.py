@@ -12,7 +12,7 @@ import webdataset
 from imaging.decode import IMAGE_EXTENSIONS, Rejected, decode
 from runtime.errors import UserError
 from runtime.files import locate
-from runtime.tars import Member, group_samples, scan_tar, split_name
+from runtime.tars import Member, group_samples, member_header, scan_tar, split_name
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")  # Pillow's, of damaged EXIF; silent outside pytest
 
@@ -154,3 +154,11 @@ def test_a_sample_keeps_the_first_of_two_equal_extensions():
     samples, problems = group_samples(members)
     assert samples == [(members[0],)]
     assert len(problems) == 1
+
+
+@pytest.mark.parametrize("length", [0, 1, 511, 4096, 8**11 - 1, 8**11, 2**40])
+@pytest.mark.parametrize("name", ["a.jpg", f"{'0af' * 10}.jpg", "x" * 100, "x" * 101, "d/" * 60 + "a.jpg", "ü.jpg", ""])
+def test_headers_are_those_of_tarfile(name, length):
+    entry = tarfile.TarInfo(name)
+    entry.size, entry.mode, entry.mtime = length, 0o644, 0
+    assert member_header(name, length) == entry.tobuf(tarfile.PAX_FORMAT)
