@@ -78,12 +78,12 @@ def unfinished(config: CurateConfig) -> tuple[str, ...]:
 
     Raises UserError when the output folder belongs to another config.
     """
-    run = _Run(config, Share(), None)
+    run = _Run(config, WHOLE, None)
     if (run.out / "config.yaml").is_file():
         claim_output(run.out, run.config)
     needed = [name for name in STAGES if name not in run.skipped()]
     for position, name in enumerate(needed):
-        if name == "embed" and not run.embedders_exist() or not run.stage(name).done:
+        if (name == "embed" and not run.embedders_exist()) or not run.stage(name).done:
             return tuple(needed[position:])
     return () if (run.out / "summary.json").is_file() else (STAGES[-1],)
 
