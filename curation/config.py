@@ -67,9 +67,40 @@ class DedupConfig:
 
 
 @dataclass(frozen=True)
+class ClusterConfig:
+    cells: int = 100_000  # k-means cells of the pool (DINOv2 A.4); fewer where a cell would have fewer than 39 images
+    iterations: int = 20  # of k-means
+    min_seeds: int = 3  # a cell is retrieved for a seed set when it holds more of its seeds than this (DINOv2 A.4)
+    per_cell: int = 10_000  # images from each such cell at most (DINOv2 A.4)
+    per_set: int = 1_000_000  # images for each seed set at most (DINOv2 A.4); the cells give in turn
+    order: Literal["closest", "random"] = "closest"  # which images of a cell come first; closest to its centroid
+
+
+@dataclass(frozen=True)
+class HierarchicalConfig:
+    levels: tuple[int, ...] = ()  # clusters per level, most first; empty: pool/64, then a tenth of the level before
+    target: int = 0  # images to draw
+    iterations: int = 50  # of each k-means (Vo et al. 2024)
+    resampling: int = 10  # times that each level above the first is clustered again, on points near its centroids
+    leaf: Literal["random", "closest"] = "random"  # which images of a level-1 cluster are drawn
+
+
+@dataclass(frozen=True)
+class MixtureConfig:
+    source: str  # name of a source, or one of: sample, cluster, hierarchical, seeds
+    weight: float  # its share of the selection, in proportion to the other weights
+
+
+@dataclass(frozen=True)
 class RetrievalConfig:
-    k: int = 4  # pool images retrieved per seed (DINOv2 A.4: 4 for ImageNet-22k, 32 for ImageNet-1k)
-    min_similarity: float = 0.0  # cosine below which a neighbour is not retrieved
+    methods: tuple[Literal["sample", "cluster", "hierarchical"], ...] = ("sample",)  # their union is selected
+    k: int = 4  # sample: pool images per seed (DINOv2 A.4: 4 for ImageNet-22k, 32 for ImageNet-1k)
+    min_similarity: float = 0.0  # sample: cosine below which a neighbour is not retrieved
+    cluster: ClusterConfig = field(default_factory=ClusterConfig)
+    hierarchical: HierarchicalConfig = field(default_factory=HierarchicalConfig)
+    keep_seeds: bool = False  # the seeds themselves go into the shards, unless an evaluation set forbids it
+    mixture: tuple[MixtureConfig, ...] = ()  # an image counts for the first entry that names it; empty: all is kept
+    size: int = 0  # images of the final selection, drawn by seed; 0: as many as the mixture allows without repeating
 
 
 @dataclass(frozen=True)
@@ -102,6 +133,11 @@ def in_order(config: CurateConfig) -> CurateConfig:
         seeds=replace(config.seeds, paths=tuple(sorted(config.seeds.paths))),
         guard=replace(config.guard, paths=tuple(sorted(config.guard.paths))),
     )
+
+
+def active_methods(config: CurateConfig) -> tuple[str, ...]:
+    """The methods of `retrieval` that have something to do: two of them need seeds."""
+    return tuple(name for name in config.retrieval.methods if name == "hierarchical" or config.seeds.paths)
 
 
 def result_hash(config: CurateConfig) -> str:

@@ -21,7 +21,7 @@ from runtime.signals import StopRequest
 from runtime.world import choose_device
 
 from .backbone import Embedder, load_embedder, model_identity
-from .config import CopyModelConfig, CurateConfig, RetrievalModelConfig
+from .config import CopyModelConfig, CurateConfig, RetrievalModelConfig, active_methods
 from .pixels import PixelUnit, load_pixels
 from .pool import run_units
 from .rows import Rows
@@ -34,7 +34,7 @@ Purpose = Literal["copy", "retrieval"]
 def embedders(config: CurateConfig) -> dict[Purpose, CopyModelConfig | RetrievalModelConfig]:
     """The models that this config needs: one where nothing is retrieved, or where one serves both purposes."""
     copy, retrieval = config.embed.copy, config.embed.retrieval
-    if not config.seeds.paths or (copy.model, copy.size) == (retrieval.model, retrieval.size):
+    if not active_methods(config) or (copy.model, copy.size) == (retrieval.model, retrieval.size):
         return {"copy": copy}
     return {"copy": copy, "retrieval": retrieval}
 

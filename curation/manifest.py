@@ -78,15 +78,26 @@ def write_manifest(
     _fill_duplicates(fates, group, rows, stages, vectors)
     seed_set = np.full(num_rows, None, dtype=object)
     rank = np.full(num_rows, -1)
+    cluster = np.full(num_rows, -1)
     if "retrieve" in stages:
         selection = stages["retrieve"].table("selection.parquet")
         selected = selection["row"].to_numpy()
         seed_set[selected] = selection["seed_set"].to_pylist()
-        rank[selected] = selection["rank"].to_numpy()
-        fates.remove(np.setdiff1d(np.arange(num_rows), selected), "not_selected", "not retrieved by any seed")
+        rank[selected] = selection["rank"].fill_null(-1).to_numpy()
+        if stages["retrieve"].file("clusters.parquet").is_file():
+            clusters = stages["retrieve"].table("clusters.parquet")
+            cluster[clusters["row"].to_numpy()] = clusters["cluster_id"].to_numpy()
+        others = stages["retrieve"].table("not_selected.parquet")
+        reason = np.array(others["reason"].to_pylist(), dtype=object)
+        passing = selected[np.array(selection["method"].to_pylist(), dtype=object) == "seeds"]
+        if config.retrieval.keep_seeds:
+            _fill_seed_copies(fates, group, rows, np.concatenate([selected, others["row"].to_numpy()]))
+        fates.remove(others["row"].to_numpy(), "not_selected", reason)
+        fates.remove(passing, "kept", "seed")
     fates.remove(np.arange(num_rows), "kept", None)
-    pool = np.flatnonzero(rows.role == "pool")
-    table = _table(rows, fates, group, seed_set, rank, shard_of, pool)
+    inputs = ["pool", "seed"] if config.retrieval.keep_seeds else ["pool"]  # seeds that pass are input like the pool
+    listed = np.flatnonzero(np.isin(rows.role, inputs))
+    table = _table(rows, fates, group, seed_set, rank, cluster, shard_of, listed)
     write_table(Path(config.out) / "manifest.parquet", table)
     return table
 
@@ -153,12 +164,27 @@ def _fill_duplicates(fates: Fates, group: np.ndarray, rows: Rows, stages: dict[s
     fates.remove(gone, "duplicate", reason[gone], stays, cosines(vectors.values, vectors.values, pairs))
 
 
+def _fill_seed_copies(fates: Fates, group: np.ndarray, rows: Rows, considered: np.ndarray) -> None:
+    """Seeds of the bytes of another row share its fate: leaks of a leak, duplicates of what could be selected."""
+    seeds = np.setdiff1d(rows.of("seed"), considered)
+    seeds = seeds[[fate is None for fate in fates.fate[seeds]]]
+    leak = {rows.ids[row]: row for row in np.flatnonzero(fates.fate == "leak")}
+    there = {rows.ids[row]: row for row in considered}
+    for seed in seeds:
+        if (row := leak.get(rows.ids[seed])) is not None:
+            fates.remove(np.array([seed]), "leak", fates.reason[row], fates.witness[row], fates.cosine[row])
+        elif (row := there.get(rows.ids[seed])) is not None:
+            group[[seed, row]] = row
+            fates.remove(np.array([seed]), "duplicate", "same bytes", row, 1.0)
+
+
 def _table(
     rows: Rows,
     fates: Fates,
     group: np.ndarray,
     seed_set: np.ndarray,
     rank: np.ndarray,
+    cluster: np.ndarray,
     shard_of: dict[int, str],
     pool: np.ndarray,
 ) -> pa.Table:
@@ -176,7 +202,7 @@ def _table(
         "group_id": [ids[g] if g >= 0 else None for g in group[pool]],
         "seed_set": seed_set[pool].tolist(),
         "rank": [int(r) if r >= 0 else None for r in rank[pool]],
-        "cluster_id": pa.nulls(len(pool), pa.int64()),
+        "cluster_id": pa.array(cluster[pool], mask=cluster[pool] < 0),
         "shard": [shard_of.get(int(row)) for row in pool],
         "width": rows.table["width"].take(pa.array(pool)),
         "height": rows.table["height"].take(pa.array(pool)),

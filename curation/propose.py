@@ -44,10 +44,10 @@ def join_stage(
     """Write `pool.parquet` and `guard.parquet`: pairs worth a closer look, with their cosine.
 
     chosen: pool rows without exact copies, sorted. Pool pairs are (smaller row, larger row), guard pairs are
-    (evaluation image, pool image); both sorted.
+    (evaluation image, pool image or seed that passes); both sorted.
     """
     stage.open(share)
-    evaluation, pool = rows.of("guard"), np.intersect1d(rows.of("pool"), vectors.rows)
+    evaluation, pool = rows.of("guard"), np.intersect1d(_guarded(config, rows), vectors.rows)
     ours, theirs = vectors.of(evaluation), vectors.of(pool)
     values = vectors.of(chosen)
     units = [("pool", start) for start in range(0, len(chosen), BLOCK)]
@@ -90,6 +90,12 @@ def join_stage(
     if len(evaluation):
         say(f"join: {counts['guard']} pairs of {len(evaluation)} evaluation images with the pool proposed")
     stage.finish(pool_pairs=counts["pool"], guard_pairs=counts["guard"], pair_recall=recall)
+
+
+def _guarded(config: CurateConfig, rows: Rows) -> np.ndarray:
+    """Rows that could come to lie in the shards: the pool, and the seeds where they pass; sorted int64."""
+    seeds = rows.of("seed") if config.retrieval.keep_seeds else rows.of("seed")[:0]
+    return np.union1d(rows.of("pool"), seeds)
 
 
 def pa_pairs(stage: Stage, index: int) -> np.ndarray:

@@ -29,7 +29,7 @@ from .guard import guard_stage
 from .items import items_stage, list_items
 from .manifest import FATES, write_manifest, write_summary
 from .propose import index_stage, join_stage
-from .retrieve import retrieve_stage
+from .retrieve import check_retrieval, retrieve_stage, selects
 from .rows import Rows, read_rows
 from .scoring import verify_stage
 from .shards import claim_shards, write_shards
@@ -60,6 +60,7 @@ def curate(
         raise UserError(
             f"--share: goes with one stage of --stages {', '.join(PARALLEL)}; found --stages {','.join(wanted)}"
         )
+    check_retrieval(config)
     run = _Run(config, share, stop)
     if (run.out / "config.yaml").is_file():
         claim_output(run.out, run.config)
@@ -116,7 +117,7 @@ class _Run:
             found["verify"] = "dedup.verify is off: the cosine decides"
         if not self.config.guard.paths:
             found["guard"] = "guard.paths is empty: nothing is held against evaluation sets"
-        if not self.config.seeds.paths:
+        if not selects(self.config):
             found["retrieve"] = "seeds.paths is empty: every image that is left is kept"
         return found
 
@@ -131,11 +132,11 @@ class _Run:
             "exact": {key: dedup[key] for key in ("phash_distance", "verify", "verify_threshold")},
             "embed": settings["embed"],
             "index": searching | {"seed": settings["seed"]},
-            "join": {key: guard[key] for key in ("threshold", "k")},
+            "join": {key: guard[key] for key in ("threshold", "k")} | {"seeds": settings["retrieval"]["keep_seeds"]},
             "verify": {},
             "dedup": {key: dedup[key] for key in ("groups", "verify_threshold")},
             "guard": guard,
-            "retrieve": settings["retrieval"],
+            "retrieve": settings["retrieval"] | {"seed": settings["seed"]},
             "shards": settings["shards"] | {"seed": settings["seed"]},
         }[name]
         if name == "embed":
@@ -214,7 +215,7 @@ class _Run:
             "dedup": lambda own: dedup_stage(config, self.rows(), stage("exact"), self._proposed(), own),
             "guard": lambda own: guard_stage(config, self.rows(), stage("dedup"), self._proposed(), own),
             "retrieve": lambda own: retrieve_stage(
-                config, self.rows(), read_vectors(stage("embed"), "retrieval"), self._survivors(), own
+                config, self.rows(), read_vectors(stage("embed"), "retrieval"), self._survivors(), self._leaks(), own
             ),
             "shards": self._shards,
         }
@@ -248,10 +249,13 @@ class _Run:
 
     def _survivors(self) -> np.ndarray:
         """Pool rows that are neither duplicates nor leaks; sorted int64."""
-        left = surviving(self._without_copies(), self.stage("dedup"))
+        return np.setdiff1d(surviving(self._without_copies(), self.stage("dedup")), self._leaks())
+
+    def _leaks(self) -> np.ndarray:
+        """Rows of any role that an evaluation set forbids; int64."""
         if "guard" in self.skipped():
-            return left
-        return np.setdiff1d(left, self.stage("guard").table("leaks.parquet")["row"].to_numpy())
+            return np.empty(0, dtype=np.int64)
+        return self.stage("guard").table("leaks.parquet")["row"].to_numpy()
 
     def _selected(self) -> np.ndarray:
         """Rows that go into the shards; int64."""
