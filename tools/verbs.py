@@ -108,7 +108,9 @@ def add_verbs(verbs: Any) -> None:
     )
     verb.add_argument("--hours", type=float, default=24.0, help="time limit; asked to stop shortly before (24)")
     verb.add_argument("--processes", type=int, default=1, help="processes of one pretraining, all on one node (1)")
-    verb.add_argument("--tasks", type=int, metavar="N", help="of curate: a chain of jobs, its units shared out to N tasks")
+    verb.add_argument(
+        "--tasks", type=int, metavar="N", help="of curate: a chain of jobs, its units shared out to N tasks"
+    )
     verb.add_argument("--at-once", type=int, metavar="N", help="with --tasks: tasks that may run at a time (all)")
     verb.add_argument("--cpus", type=int, help="slurm: cores of each process")
     verb.add_argument("--gpus", type=int, help="slurm: GPUs of the node")
