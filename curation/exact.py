@@ -11,7 +11,7 @@ from runtime.progress import say
 from runtime.signals import StopRequest
 
 from .config import CurateConfig
-from .groups import components, representatives
+from .groups import leaders, precedence, representatives
 from .join import hash_pairs, self_pairs
 from .rows import Rows
 from .scoring import judge_pairs
@@ -30,20 +30,21 @@ def exact_stage(config: CurateConfig, rows: Rows, decode: Stage, stage: Stage, s
     removed = []
     for reason in REASONS:
         if reason == "same look":
-            pairs = self_pairs(
-                hash_pairs(rows.phash[staying], rows.phash[staying], distance=config.dedup.phash_distance)
-            )
-            _, accepted = judge_pairs(
+            # In order of rank: of many pictures with one hash, the one that would stay is paired with the others.
+            rank = precedence(rows.area[staying], rows.num_bytes[staying], rows.ids[staying])
+            order = np.argsort(rank)
+            hashes = rows.phash[staying[order]]
+            pairs = self_pairs(order[hash_pairs(hashes, hashes, distance=config.dedup.phash_distance)])
+            score, accepted = judge_pairs(
                 config, rows, decode, staying[pairs], stage, stop, threshold=config.dedup.verify_threshold
             )
-            pairs = pairs[accepted]
+            # Not components: a chain of such pictures may begin and end with different ones.
+            of = leaders(rank, pairs[accepted], np.nan_to_num(score[accepted]))
         else:
             column = "item_id" if reason == "same bytes" else "pixel_hash"
             values = np.array(rows.table[column].to_pylist(), dtype=object)[staying].astype(str)
-            pairs = _equal_pairs(values)
-        of = representatives(
-            components(len(staying), pairs), rows.area[staying], rows.num_bytes[staying], rows.ids[staying]
-        )
+            labels = np.unique(values, return_inverse=True)[1]
+            of = representatives(labels, rows.area[staying], rows.num_bytes[staying], rows.ids[staying])
         copies = of != np.arange(len(of))
         removed.append((staying[copies], staying[of[copies]], reason))
         staying = staying[~copies]
@@ -60,10 +61,3 @@ def remaining(rows: Rows, exact: Stage) -> np.ndarray:
     """Pool rows left after the exact stage; sorted int64."""
     gone = exact.table("duplicates.parquet")["row"].to_numpy()
     return np.setdiff1d(rows.of("pool"), gone)
-
-
-def _equal_pairs(values: np.ndarray) -> np.ndarray:
-    """A pair for each value that occurred before, with its first occurrence."""
-    _, first, which = np.unique(values, return_index=True, return_inverse=True)
-    pairs = np.stack([first[which], np.arange(len(values))], axis=1)
-    return pairs[pairs[:, 0] != pairs[:, 1]]

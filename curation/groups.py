@@ -112,29 +112,29 @@ def _greedy_one_by_one(removed: np.ndarray, low: np.ndarray, high: np.ndarray) -
     removed[list(gone)] = True
 
 
-@dataclass(frozen=True)
-class Unsupported:
-    """How many of the removed nodes no edge speaks for."""
+@dataclass(frozen=True, eq=False)
+class Support:
+    """Which of N nodes were removed, and for which of those no edge speaks."""
 
-    removed: int
-    own: int  # without an edge to the node that is kept for them
-    any: int  # without an edge to any kept node
+    removed: np.ndarray  # bool [N]
+    own: np.ndarray  # bool [N]: removed, without an edge to the node that is kept for it
+    any: np.ndarray  # bool [N]: removed, without an edge to any kept node
 
     def report(self) -> dict[str, float]:
-        """The counts, and as shares of what was removed."""
-        share = [round(count / self.removed, 6) if self.removed else 0.0 for count in (self.own, self.any)]
-        names = ("removed", "no_edge_to_its_image", "share", "no_edge_to_any_kept_image", "share_any")
-        return dict(zip(names, (self.removed, self.own, share[0], self.any, share[1]), strict=True))
+        """Counts, and the first as a share of what was removed."""
+        removed, own, none = (int(flags.sum()) for flags in (self.removed, self.own, self.any))
+        share = round(own / removed, 6) if removed else 0.0
+        return {"removed": removed, "unsupported": own, "share": share, "without_edge_to_any_kept": none}
 
 
-def unsupported(of: np.ndarray, edges: np.ndarray) -> Unsupported:
-    """Count the removals that the edges (int [E, 2]) do not support. of: int [N], the node kept for each node."""
+def unsupported(of: np.ndarray, edges: np.ndarray) -> Support:
+    """The removals that the edges (int [E, 2]) do not support. of: int [N], the node kept for each node."""
     kept = of == np.arange(len(of))
-    by_own, by_any = kept.copy(), kept.copy()
+    own, none = ~kept, ~kept
     for a, b in (_columns(edges), _columns(edges)[::-1]):
-        by_own[a[of[a] == b]] = True
-        by_any[a[kept[b]]] = True
-    return Unsupported(int((~kept).sum()), int((~by_own).sum()), int((~by_any).sum()))
+        own[a[of[a] == b]] = False
+        none[a[kept[b]]] = False
+    return Support(~kept, own, none)
 
 
 def _columns(edges: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

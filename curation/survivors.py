@@ -14,8 +14,7 @@ from scipy.sparse.csgraph import minimum_spanning_tree
 
 from .groups import leaders
 
-CURVE_POINTS = 50
-LEADER_POINTS = 9
+STEP, LEADER_STEP = 0.01, 0.05  # between thresholds of the compact curves
 
 
 def forest_weights(num_nodes: int, edges: np.ndarray, weights: np.ndarray) -> np.ndarray:
@@ -78,12 +77,17 @@ def survivor_curves(
     for axis, weights in axes.items():
         known = weights >= lowest[axis]  # false for NaN
         curve = survivors(len(rank), edges[known], weights[known])
-        few = np.linspace(lowest[axis], 1, LEADER_POINTS)
-        many = np.linspace(lowest[axis], 1, CURVE_POINTS)
+        many, few = _thresholds(lowest[axis], STEP), _thresholds(lowest[axis], LEADER_STEP)
         led = leader_curve(rank, edges[known], weights[known], few)
         tables += [_table(axis, "components", *curve.steps()), _table(axis, "leader", few, led)]
         compact[axis] = {"components": _points(many, curve.at(many)), "leader": _points(few, led)}
     return pa.concat_tables(tables), compact
+
+
+def _thresholds(lowest: float, step: float) -> np.ndarray:
+    """Multiples of `step` from the first at or above `lowest` to 1; float64."""
+    first, last = round(np.ceil(lowest / step - 1e-6)), round(1 / step)
+    return np.arange(first, last + 1) / last
 
 
 def _table(axis: str, groups: str, thresholds: np.ndarray, left: np.ndarray) -> pa.Table:

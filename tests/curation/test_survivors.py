@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 
 from curation.groups import components, leaders
-from curation.survivors import CURVE_POINTS, LEADER_POINTS, forest_weights, survivor_curves, survivors
+from curation.survivors import forest_weights, survivor_curves, survivors
 
 
 def random_edges(seed: int, *, nodes: int = 80, edges: int = 160) -> tuple[np.ndarray, np.ndarray]:
@@ -42,17 +42,18 @@ def test_curves_on_two_axes():
     score = np.abs(cosine)
     score[::3] = np.nan  # not compared
     rank = np.random.default_rng(0).permutation(80)
-    lowest = {"cosine": 0.3, "score": 0.0}
+    lowest = {"cosine": 0.295, "score": 0.0}
     table, compact = survivor_curves(rank, edges, {"cosine": cosine, "score": score}, lowest)
     for axis, weights in (("cosine", cosine), ("score", score)):
-        assert len(compact[axis]["components"]) == CURVE_POINTS
-        assert len(compact[axis]["leader"]) == LEADER_POINTS
-        threshold, left = compact[axis]["leader"][3]
-        passes = weights >= np.linspace(lowest[axis], 1, LEADER_POINTS)[3]
-        of = leaders(rank, edges[passes], weights[passes])
-        assert left == (of == np.arange(80)).sum()
-        assert threshold == round(np.linspace(lowest[axis], 1, LEADER_POINTS)[3], 4)
-        assert left >= dict(map(tuple, compact[axis]["components"]))[lowest[axis]]
+        for threshold, left in compact[axis]["components"]:
+            passes = weights >= threshold
+            assert left == len(np.unique(components(80, edges[passes])))
+        for threshold, left in compact[axis]["leader"]:
+            passes = weights >= threshold
+            of = leaders(rank, edges[passes], weights[passes])
+            assert left == (of == np.arange(80)).sum()
+            assert left >= dict(map(tuple, compact[axis]["components"]))[threshold]
+    assert [point[0] for point in compact["cosine"]["components"]] == [round(0.3 + i / 100, 2) for i in range(71)]
     assert table.column_names == ["axis", "groups", "threshold", "survivors"]
     assert set(table["axis"].to_pylist()) == {"cosine", "score"}
     assert min(table.filter(table["axis"].to_numpy() == "cosine")["threshold"].to_pylist()) >= np.float32(0.3)
