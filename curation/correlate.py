@@ -7,7 +7,7 @@ image as the larger one, so that crops of 60 % a side, borders, captions and mir
 B pairs, N images, S scales, M poses, P = PLANE.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 import torch.nn.functional as F
@@ -39,6 +39,10 @@ class Poses:
     mirrored: Tensor  # bool [M]: whether `moving` is flipped left to right first
     box: Tensor  # [M, 4]: left, top, width, height of `moving` in units of `reference`
     score: Tensor  # [M]: correlation, about 1 where all of `moving` is found
+
+    def take(self, index: Tensor) -> "Poses":
+        """Some of the poses; index: int64."""
+        return Poses(*(getattr(self, field.name)[index] for field in fields(self)))
 
 
 def spectra(thumbs: Tensor, aspect: Tensor) -> Spectra:

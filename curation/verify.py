@@ -1,9 +1,10 @@
 """Pixel verification: two pictures are copies of one another if, laid on each other, they agree nearly everywhere.
 
 Embeddings and perceptual hashes propose pairs; this decides. The likely poses of a pair are refined by Gauss-Newton
-steps (Lucas and Kanade 1981) on images of normalised local contrast, and the pose's worth is the correlation of
-small windows, averaged over the overlap and weighted by their texture. A caption or a border costs the windows it
-covers and no more; two photographs under one caption agree in its windows and no more.
+steps (Lucas and Kanade 1981) on images of normalised local contrast, first at half the resolution, where the best pose
+is chosen, then in full. A pose is an affine map, so that a copy that was turned by a few degrees is found too. Its
+worth is the correlation of small windows, averaged over the overlap and weighted by their texture. A caption or a
+border costs the windows it covers and no more; two photographs under one caption agree in its windows and no more.
 
 M poses, T thumbnail side.
 """
@@ -17,11 +18,14 @@ from .correlate import NOISE, Poses, Spectra, box_mean, likely_poses, spectra
 
 TOP = 3  # poses tried per pair
 FLOOR = 0.35  # correlation of the coarse search below which a pose is not refined
-STEPS = 3  # of refinement, first on blurred images, then on sharp ones
-WINDOW = 4  # pixels, radius of the windows that are compared
+ENOUGH = 0.4  # agreement at half the resolution below which a pose is not looked at in full
+STEPS = 3  # of refinement, at half the resolution and again in full
+DAMPING = 0.3  # of the normal equations, in squared units of contrast per pixel
+WINDOW = 4  # pixels, radius of the windows that are compared; half of it at half the resolution
 TEXTURE = 100.0  # grey levels squared: variance at which a window weighs half
 MIN_OVERLAP = 0.25  # of the larger picture that the overlap must cover
 MIN_INSIDE = 0.5  # of the smaller picture that must lie within the larger
+MAX_SHEAR = 0.45  # tangent of the largest turn or shear
 MAX_IMAGES = 1024  # whose spectra are held at a time: 38 KB each
 BATCH = 128  # pairs or poses computed at a time; small enough for the caches of a CPU
 
@@ -53,7 +57,7 @@ def _num_pairs_of(pairs: np.ndarray, num_images: int) -> int:
 
 def _verify(images: Tensor, aspect: Tensor, a: Tensor, b: Tensor) -> Tensor:
     sharp = torch.cat([local_contrast(chunk) for chunk in images.split(BATCH)])
-    blurred = F.avg_pool2d(sharp[:, None], 3, stride=1, padding=1, count_include_pad=False)[:, 0]
+    small, coarse = (F.avg_pool2d(x[:, None], 2)[:, 0] for x in (images, sharp))
     parts = [spectra(*chunk) for chunk in zip(images.split(BATCH), aspect.split(BATCH), strict=True)]
     transformed = Spectra(
         values=torch.cat([part.values for part in parts], 1),
@@ -64,22 +68,26 @@ def _verify(images: Tensor, aspect: Tensor, a: Tensor, b: Tensor) -> Tensor:
     for start in range(0, len(a), BATCH):
         chunk = slice(start, start + BATCH)
         poses = likely_poses(transformed, a[chunk], b[chunk], top=TOP, floor=FLOOR)
-        if len(poses.pair):
-            found = _judge(images, sharp, blurred, poses)
-            scores[chunk] = scores[chunk].scatter_reduce(0, poses.pair, found, "amax")
+        pose, found = _fit(small, coarse, poses, from_boxes(poses.box), window=WINDOW // 2)
+        best = torch.zeros_like(scores[chunk]).scatter_reduce(0, poses.pair, found, "amax")
+        chosen = ((found >= ENOUGH) & (found == best[poses.pair])).nonzero()[:, 0]
+        poses = poses.take(chosen)
+        _, found = _fit(images, sharp, poses, pose[chosen], window=WINDOW)
+        scores[chunk] = scores[chunk].scatter_reduce(0, poses.pair, found, "amax")
     return scores
 
 
-def _judge(images: Tensor, sharp: Tensor, blurred: Tensor, poses: Poses) -> Tensor:
-    """Agreement of each refined pose; [M]."""
+def _fit(images: Tensor, contrast: Tensor, poses: Poses, start: Tensor, *, window: int) -> tuple[Tensor, Tensor]:
+    """Refined poses [M, 2, 3] and their agreement [M], from pictures [N, T, T] and their local contrast."""
+    if not len(start):
+        return start, start.new_zeros(0)
 
     def moved(x: Tensor) -> Tensor:
         x = x[poses.moving]
         return torch.where(poses.mirrored[:, None, None], x.flip(-1), x)
 
-    box = refine(blurred[poses.reference], moved(blurred), poses.box, steps=STEPS)
-    box = refine(sharp[poses.reference], moved(sharp), box, steps=STEPS)
-    return agreement(images[poses.reference], moved(images), box)
+    pose = refine(contrast[poses.reference], moved(contrast), start, steps=STEPS)
+    return pose, agreement(images[poses.reference], moved(images), pose, window=window)
 
 
 def local_contrast(images: Tensor) -> Tensor:
@@ -90,36 +98,52 @@ def local_contrast(images: Tensor) -> Tensor:
     return deviation / (box_mean(deviation.square(), WINDOW) / share + NOISE).sqrt()
 
 
-def refine(reference: Tensor, moving: Tensor, box: Tensor, *, steps: int) -> Tensor:
-    """Boxes [M, 4] moved and scaled so that `moving` fits `reference` (both [M, T, T]) better.
+def from_boxes(box: Tensor) -> Tensor:
+    """Poses [M, 2, 3] that lay a picture into the boxes [M, 4] (left, top, width, height) of its reference.
 
-    Gauss-Newton on position and size, at most 1.5 pixels a step; pixels that disagree much count little (they belong
-    to captions and borders).
+    A pose maps (x, y, 1), with x and y from -0.5 to 0.5 over the reference, to -1 to 1 over the picture.
+    """
+    pose = box.new_zeros(len(box), 2, 3)
+    for axis in (0, 1):
+        scale = 2 / box[:, axis + 2]
+        pose[:, axis, axis] = scale
+        pose[:, axis, 2] = scale * (0.5 - box[:, axis]) - 1
+    return pose
+
+
+def refine(reference: Tensor, moving: Tensor, pose: Tensor, *, steps: int) -> Tensor:
+    """Poses [M, 2, 3] changed so that `moving` fits `reference` (both [M, T, T]) better.
+
+    Gauss-Newton on the six numbers of the pose, at most 1.5 pixels a step; pixels that disagree much count little (they
+    belong to captions and borders).
     """
     side = reference.shape[-1]
+    at = _axis(side, pose.device)
+    ones = torch.ones(side, side, device=pose.device)
+    basis = torch.stack([at.expand(side, side), at[:, None].expand(side, side), ones]).flatten(1)  # [3, T*T]
+    limit = torch.tensor([3.0, 3.0, 1.5], device=pose.device) / side
     for _ in range(steps):
-        warped, inside, x, y = _warp(moving, box)
+        warped, inside = _draw(moving, pose)
         dx, dy = torch.zeros_like(warped), torch.zeros_like(warped)
         dx[:, :, 1:-1] = (warped[:, :, 2:] - warped[:, :, :-2]) / 2
         dy[:, 1:-1] = (warped[:, 2:] - warped[:, :-2]) / 2
-        # Derivatives by: shift right, shift down, growth in width, growth in height, in pixels.
-        jacobian = -torch.stack([dx, dy, dx * x[:, None, :] / 2, dy * y[:, :, None] / 2], 1).flatten(2)  # [M, 4, T*T]
-        error = (reference - warped).flatten(1)  # [M, T*T]
+        jacobian = torch.cat([x.flatten(1)[:, None] * basis for x in (dx, dy)], 1)  # [M, 6, T*T], in pixels
+        error = (reference - warped).flatten(1)
         weighted = jacobian * (inside.flatten(1) / (1 + error.square()))[:, None]
-        normal = weighted @ jacobian.mT + torch.eye(4, device=box.device)  # [M, 4, 4]
-        change = torch.linalg.solve(normal, weighted @ error[..., None])[..., 0].clamp(-1.5, 1.5) / side  # [M, 4]
-        size = (box[:, 2:] + change[:, 2:]).clamp(0.2, 3.0)
-        box = torch.cat([box[:, :2] + change[:, :2] - change[:, 2:] / 2, size], -1)
-    return box
+        normal = weighted @ jacobian.mT + DAMPING * torch.eye(6, device=pose.device)
+        change = torch.linalg.solve(normal, weighted @ error[..., None])[..., 0].view(-1, 2, 3) / side
+        # Where `pose` found a point of the reference, the new one finds the point moved by `change`.
+        pose = pose + pose[:, :, :2] @ change.clamp(-limit, limit)
+    return pose
 
 
-def agreement(reference: Tensor, moving: Tensor, box: Tensor) -> Tensor:
+def agreement(reference: Tensor, moving: Tensor, pose: Tensor, *, window: int = WINDOW) -> Tensor:
     """Mean correlation of the windows in the overlap, weighted by texture; [M], 0 where the overlap is too small."""
-    warped, inside, _, _ = _warp(moving, box)
+    warped, inside = _draw(moving, pose)
     squares = reference.square(), warped.square()
     products = torch.stack([reference, warped, *squares, reference * warped], 1)  # [M, 5, T, T]
-    share = box_mean(inside, WINDOW).clamp_min(1e-3)  # of a window within the overlap
-    means = box_mean(products * inside[:, None], WINDOW) / share[:, None]
+    share = box_mean(inside, window).clamp_min(1e-3)  # of a window within the overlap
+    means = box_mean(products * inside[:, None], window) / share[:, None]
     mean_r, mean_w, square_r, square_w, product = means.unbind(1)
     var_r, var_w = (square_r - mean_r.square()).clamp_min(0), (square_w - mean_w.square()).clamp_min(0)
     covariance = product - mean_r * mean_w
@@ -128,15 +152,21 @@ def agreement(reference: Tensor, moving: Tensor, box: Tensor) -> Tensor:
     texture = inside * strongest / (strongest + TEXTURE)
     score = (texture * correlation).sum((1, 2)) / texture.sum((1, 2)).clamp_min(1e-3)
     overlap = inside.mean((1, 2))
-    enough = (overlap >= MIN_OVERLAP) & (overlap >= MIN_INSIDE * box[:, 2] * box[:, 3])
+    (xx, xy), (yx, yy) = (row.unbind(1) for row in pose[:, :, :2].unbind(1))
+    area = 4 / (xx * yy - xy * yx).clamp_min(1e-6)  # of the moving picture, in units of the reference
+    upright = (xx > 0) & (yy > 0) & (xy.abs() < MAX_SHEAR * xx) & (yx.abs() < MAX_SHEAR * yy)
+    enough = (overlap >= MIN_OVERLAP) & (overlap >= MIN_INSIDE * area) & upright
     return torch.where(enough, score.clamp(0, 1), 0.0)
 
 
-def _warp(moving: Tensor, box: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """`moving` [M, T, T] drawn into its box of the reference; where it lies; and x, y [M, T] in it, -1 to 1."""
-    side = moving.shape[-1]
-    at = (torch.arange(side, device=box.device) + 0.5) / side
-    x, y = ((at - box[:, i, None]) / box[:, i + 2, None] * 2 - 1 for i in (0, 1))  # [M, T]
-    grid = torch.stack([x[:, None, :].expand(-1, side, -1), y[:, :, None].expand(-1, -1, side)], -1)
-    warped = F.grid_sample(moving[:, None], grid, mode="bilinear", padding_mode="border", align_corners=False)[:, 0]
-    return warped, ((x.abs() < 1)[:, None, :] & (y.abs() < 1)[:, :, None]).float(), x, y
+def _axis(side: int, device: torch.device) -> Tensor:
+    return (torch.arange(side, device=device) + 0.5) / side - 0.5
+
+
+def _draw(moving: Tensor, pose: Tensor) -> tuple[Tensor, Tensor]:
+    """`moving` [M, T, T] as it lies in its reference, and where it lies [M, T, T]."""
+    at = _axis(moving.shape[-1], pose.device)
+    along, down, shift = pose[..., None, None].unbind(2)  # [M, 2, 1, 1] each
+    x, y = (along * at + down * at[:, None] + shift).unbind(1)
+    drawn = F.grid_sample(moving[:, None], torch.stack([x, y], -1), padding_mode="border", align_corners=False)
+    return drawn[:, 0], ((x.abs() < 1) & (y.abs() < 1)).float()
