@@ -59,6 +59,7 @@ class ImageRow:
     sidecar_length: int  # bytes of the JSON sidecar; 0: none
 
 
+@lru_cache(maxsize=1024)
 def is_address(source: str) -> bool:
     """Whether a source of an item or of a sidecar is (in) a parquet file."""
     return source.removesuffix(JSON).endswith(SUFFIX)

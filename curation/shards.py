@@ -60,7 +60,7 @@ class Sample:
     @property
     def size(self) -> int:
         """Bytes in a tar: header and padding included."""
-        return sum(BLOCK + -(-piece.length // BLOCK) * BLOCK for piece in self.pieces)
+        return sum([BLOCK + -(-piece.length // BLOCK) * BLOCK for piece in self.pieces])
 
 
 @dataclass(frozen=True)
@@ -257,12 +257,13 @@ def _cut(samples: Sequence[Sample], config: CurateConfig) -> list[list[Sample]]:
     groups: list[list[Sample]] = []
     size = 0
     for sample in samples:
-        full = groups and (size + sample.size > config.shards.max_bytes or len(groups[-1]) >= config.shards.max_samples)
+        more = sample.size
+        full = groups and (size + more > config.shards.max_bytes or len(groups[-1]) >= config.shards.max_samples)
         if full or not groups:
             groups.append([])
             size = 0
         groups[-1].append(sample)
-        size += sample.size
+        size += more
     return groups
 
 
