@@ -76,6 +76,4 @@ def code_pairs(
         cosine = exact_cosines(vectors, vectors, pairs)
         close = cosine >= np.float32(threshold)
         found.append(Pairs(pairs[close], cosine[close]))
-    whole = Pairs.joined(found)
-    distinct, first = np.unique(whole.index, axis=0, return_index=True)
-    return Pairs(distinct, whole.cosine[first])
+    return Pairs.joined(found).distinct()

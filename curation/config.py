@@ -57,6 +57,8 @@ class EmbedConfig:
 class DedupConfig:
     threshold: float = 0.6  # cosine from which two images are near-duplicates (DINOv2 A.3, on SSCD vectors)
     join: Literal["auto", "exact", "knn", "ivf", "ivf_pq"] = "auto"  # how pairs are searched; auto: the planner chooses
+    join_seconds: float = 1800.0  # auto: of one core or GPU that the exact join may take, by the planner's stated rates
+    join_memory: int = 16_000_000_000  # auto: bytes into which the vectors must fit to be searched in cells
     k: int = 64  # nearest neighbours per image where the join is a k-NN graph (DINOv2 A.3)
     groups: Literal["components", "leader"] = "components"  # leader: every removed image is close to one that is kept
     phash_distance: int = 4  # bits of 64 between perceptual hashes of "the same picture", also mirrored

@@ -84,9 +84,10 @@ def hash_pairs(queries: np.ndarray, base: np.ndarray, *, distance: int) -> np.nd
 
 
 def self_pairs(pairs: np.ndarray) -> np.ndarray:
-    """Distinct unordered pairs, smaller index first, sorted; int64 [E, 2]."""
-    pairs = np.sort(pairs, axis=1)
-    return np.unique(pairs[pairs[:, 0] != pairs[:, 1]], axis=0)
+    """Distinct unordered pairs, smaller index first, sorted; int64 [E, 2]. Indices are below 2^31."""
+    a, b = np.sort(pairs, axis=1).T
+    keys = np.unique(a[a != b] << 32 | b[a != b])
+    return np.stack([keys >> 32, keys & 0xFFFFFFFF], axis=1)
 
 
 def cosines(vectors: np.ndarray, others: np.ndarray, pairs: np.ndarray) -> np.ndarray:

@@ -126,13 +126,14 @@ class _Run:
         settings = to_dict(self.config)
         dedup, guard = settings["dedup"], settings["guard"]
         searching = {key: dedup[key] for key in dedup if key not in ("groups", "verify_threshold")}
+        passing = {"seeds": settings["retrieval"]["keep_seeds"]}
         own: dict[str, Any] = {
             "items": {key: settings[key] for key in ("source", "seeds")} | {"guard": guard["paths"]},
             "decode": settings["decode"],
             "exact": {key: dedup[key] for key in ("phash_distance", "verify", "verify_threshold")},
             "embed": settings["embed"],
-            "index": searching | {"seed": settings["seed"]},
-            "join": {key: guard[key] for key in ("threshold", "k")} | {"seeds": settings["retrieval"]["keep_seeds"]},
+            "index": searching | {"seed": settings["seed"], "guard": [guard["threshold"], guard["k"]]} | passing,
+            "join": {},
             "verify": {},
             "dedup": {key: dedup[key] for key in ("groups", "verify_threshold")},
             "guard": guard,
@@ -200,11 +201,12 @@ class _Run:
             "decode": lambda own: decode_stage(config, stage("items"), own, stop, share),
             "exact": lambda own: exact_stage(config, self.rows(), stage("decode"), own, stop),
             "embed": lambda own: embed_stage(config, self.rows(), self._to_embed(), own, stop, share),
-            "index": lambda own: index_stage(config, self._without_copies(), own),
+            "index": lambda own: index_stage(config, self.rows(), stage("embed"), self._without_copies(), own),
             "join": lambda own: join_stage(
                 config,
                 self.rows(),
-                read_vectors(stage("embed"), "copy"),
+                stage("embed"),
+                stage("index"),
                 self._without_copies(),
                 stage("decode"),
                 own,

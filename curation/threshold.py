@@ -55,6 +55,11 @@ class Pairs:
         order = np.lexsort(self.index.T[::-1])
         return Pairs(self.index[order], self.cosine[order])
 
+    def distinct(self) -> "Pairs":
+        """Every pair once, sorted. Indices are below 2^31."""
+        _, first = np.unique(self.index[:, 0] << 32 | self.index[:, 1], return_index=True)
+        return Pairs(self.index[first], self.cosine[first])
+
     @staticmethod
     def joined(found: "list[Pairs]") -> "Pairs":
         """Several results one after the other."""

@@ -48,11 +48,13 @@ class UnitVectors:
         """Vectors at positions in the parts (int64 [n]), as stored; [n, D]."""
         if len(self.parts) == 1:
             return np.take(self.parts[0], position, axis=0)
+        order = np.argsort(position, kind="stable")
+        ascending = position[order]
+        cuts = np.searchsorted(ascending, self.starts)
         result = np.empty((len(position), self.dim), dtype=self.parts[0].dtype)
-        part = np.searchsorted(self.starts, position, side="right") - 1
-        for p in np.unique(part):
-            here = part == p
-            result[here] = np.take(self.parts[p], position[here] - self.starts[p], axis=0)
+        for p in np.flatnonzero(np.diff(cuts)):
+            here = slice(cuts[p], cuts[p + 1])
+            result[order[here]] = np.take(self.parts[p], ascending[here] - self.starts[p], axis=0)
         return result
 
     def take(self, index: slice | np.ndarray) -> np.ndarray:
