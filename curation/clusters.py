@@ -10,23 +10,25 @@ import numpy as np
 
 from runtime.seeding import generator
 
+from .unit_vectors import UnitVectors, as_vectors
+
 BLOCK = 1 << 16  # vectors that are compared with the centroids at a time
 LEAST_POINTS = 39  # per cell: below this FAISS calls a k-means badly trained
 MOST_POINTS = 256  # per cell: more do not move the centroids (FAISS' default)
 
 
-def kmeans(values: np.ndarray, k: int, *, iterations: int, seed: int, purpose: str) -> np.ndarray:
+def kmeans(values: np.ndarray | UnitVectors, k: int, *, iterations: int, seed: int, purpose: str) -> np.ndarray:
     """Unit-length centroids of spherical k-means; float32 [k, D].
 
-    values: unit vectors, float16 or float32 [N, D], N >= k. At most 256 vectors per cell are trained on, drawn by
+    values: unit vectors [N, D], N >= k. At most 256 vectors per cell are trained on, drawn by
     (seed, purpose). The same centroids, bit by bit, for any number of threads.
     """
-    draw = generator(seed, purpose)
-    chosen = np.arange(len(values))
+    vectors, draw = as_vectors(values), generator(seed, purpose)
+    chosen = np.arange(len(vectors))
     if len(chosen) > MOST_POINTS * k:
-        chosen = np.sort(draw.choice(len(values), MOST_POINTS * k, replace=False))
+        chosen = np.sort(draw.choice(len(vectors), MOST_POINTS * k, replace=False))
     model = faiss.Kmeans(
-        values.shape[1],
+        vectors.dim,
         k,
         niter=iterations,
         spherical=True,
@@ -34,22 +36,23 @@ def kmeans(values: np.ndarray, k: int, *, iterations: int, seed: int, purpose: s
         min_points_per_centroid=1,  # the caller decides how few are too few
         max_points_per_centroid=MOST_POINTS,
     )
-    model.train(_unit(values[chosen]))
+    model.train(vectors.take(chosen))
     assert model.centroids is not None  # since it is trained
-    return _unit(model.centroids)
+    return as_vectors(model.centroids).take(np.arange(k))
 
 
-def assign(values: np.ndarray, centroids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def assign(values: np.ndarray | UnitVectors, centroids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """The closest centroid of each vector and the cosine to it; int64 [N] and float32 [N].
 
-    Exact, in blocks: beside `values` (float16 or float32 [N, D]) it needs memory for one block of them.
+    Exact, in blocks: of unit vectors that are mapped from disk [N, D] it holds one block in memory.
     """
+    vectors = as_vectors(values)
     index = faiss.IndexFlatIP(centroids.shape[1])
     index.add(centroids)
-    cell = np.empty(len(values), dtype=np.int64)
-    cosine = np.empty(len(values), dtype=np.float32)
-    for start in range(0, len(values), BLOCK):
-        similarity, found = index.search(_unit(values[start : start + BLOCK]), 1)
+    cell = np.empty(len(vectors), dtype=np.int64)
+    cosine = np.empty(len(vectors), dtype=np.float32)
+    for start in range(0, len(vectors), BLOCK):
+        similarity, found = index.search(vectors.take(slice(start, start + BLOCK)), 1)
         cell[start : start + BLOCK], cosine[start : start + BLOCK] = found[:, 0], similarity[:, 0]
     return cell, cosine.clip(-1, 1)
 
@@ -99,9 +102,3 @@ def retrieve_cells(
     if found > per_set:
         images = np.sort(images[np.lexsort((cell[images], rank[images]))[:per_set]])
     return SetRetrieval(images, int(hit.sum()), found)
-
-
-def _unit(values: np.ndarray) -> np.ndarray:
-    """float32 of length 1: rounding to float16 moves lengths by some 1e-3."""
-    values = np.ascontiguousarray(values, dtype=np.float32)
-    return values / np.maximum(np.linalg.norm(values, axis=1, keepdims=True), np.float32(1e-12))

@@ -15,6 +15,7 @@ import numpy as np
 from runtime.seeding import generator
 
 from .clusters import assign, kmeans, ranks
+from .unit_vectors import UnitVectors, as_vectors
 
 PER_CLUSTER = 64  # images in a cluster of level 1 where the levels are not given (DINOv3: 85, Vo et al.: 74)
 SHRINK = 10  # from one such level to the next (DINOv3: 25, 10, 8, 4)
@@ -52,15 +53,15 @@ def levels_for(num_images: int) -> tuple[int, ...]:
 
 
 def hierarchical_kmeans(
-    values: np.ndarray, levels: Sequence[int], *, iterations: int, resampling: int, seed: int
+    values: np.ndarray | UnitVectors, levels: Sequence[int], *, iterations: int, resampling: int, seed: int
 ) -> Hierarchy:
-    """Cluster unit vectors (float16 or float32 [N, D]) into `levels`, most clusters first.
+    """Cluster unit vectors [N, D] into `levels`, most clusters first.
 
     Above level 1 every k-means is repeated `resampling` times on the points nearest to each centroid, half as many per
     cluster as it has on average: dense regions then weigh no more than sparse ones and the centroids spread out
     (Vo et al., resampling-clustering). A level has fewer clusters than asked for where some stay empty.
     """
-    points = values
+    points = as_vectors(values)
     parents: list[np.ndarray] = []
     cosine = np.empty(0, dtype=np.float32)
     for level, wanted in enumerate(levels, 1):
@@ -70,12 +71,16 @@ def hierarchical_kmeans(
         for step in range(resampling if level > 1 else 0):
             near = np.flatnonzero(ranks(cell, -closeness) < max(2, -(-len(points) // (2 * k))))
             centroids = kmeans(
-                points[near], min(k, len(near)), iterations=iterations, seed=seed, purpose=f"level {level} step {step}"
+                points.stored(near),
+                min(k, len(near)),
+                iterations=iterations,
+                seed=seed,
+                purpose=f"level {level} step {step}",
             )
             cell, closeness = assign(points, centroids)
         used, cell = np.unique(cell, return_inverse=True)
         parents.append(cell)
-        points = centroids[used]
+        points = as_vectors(centroids[used])
         if level == 1:
             cosine = closeness
     return Hierarchy(tuple(parents), cosine)
