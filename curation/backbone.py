@@ -1,6 +1,12 @@
-"""The embedding model: our own exports and timm's models behind one call."""
+"""The embedding model: our own networks, timm's models and TorchScript files behind one call."""
 
 import difflib
+import socket
+import urllib.parse
+import urllib.request
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -13,6 +19,17 @@ from torch import Tensor, nn
 from runtime.errors import UserError
 from runtime.files import read_json, sha256
 
+from .copydetect.model import KIND as COPY_KIND
+from .copydetect.model import load_network
+
+BUILTIN = {"copy": Path(__file__).parent / "copydetect" / "weights"}
+NAMES = "builtin:copy, bootstrap, export:FOLDER, timm:NAME[@CHECKPOINT] or torchscript:FILE"
+# SSCD's authors normalise with ImageNet's values; `disc_mixup` was trained at 288 and is used at 288 to 320 pixels.
+TORCHSCRIPT_SIZE = 288
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+HUB_WAIT = 3.0  # seconds to reach the weights' server, beyond that we count as offline
+
 
 @dataclass(frozen=True)
 class Embedder:
@@ -22,12 +39,12 @@ class Embedder:
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
     size: int  # pixels, S
+    device: torch.device = torch.device("cpu")
 
     @property
     def dim(self) -> int:
         """Numbers per vector."""
-        device = next(self.model.parameters()).device
-        return self(torch.zeros(1, 3, self.size, self.size, dtype=torch.uint8, device=device)).shape[1]
+        return self(torch.zeros(1, 3, self.size, self.size, dtype=torch.uint8, device=self.device)).shape[1]
 
     def __call__(self, images: Tensor) -> Tensor:
         """Unit vectors, float32 [B, D], of uint8 images [B, 3, S, S]."""
@@ -43,6 +60,8 @@ def model_identity(model: str, out: Path, *, key: str) -> str:
     if kind == "timm":
         checkpoint = name.partition("@")[2]
         return f"{model} {sha256(_existing(Path(checkpoint), key)) if checkpoint else ''}"
+    if kind == "torchscript":
+        return sha256(_existing(Path(name), key))
     return sha256(_export_folder(model, out, key) / "model.safetensors")
 
 
@@ -55,9 +74,11 @@ def load_embedder(model: str, size: int | None, out: Path, device: torch.device,
     kind, _, name = model.partition(":")
     if kind == "timm":
         embedder = _load_timm(name, size, key)
+    elif kind == "torchscript":
+        embedder = _load_torchscript(_existing(Path(name), key), size, device, key)
     else:
         embedder = _load_export(_export_folder(model, out, key), size, key)
-    return replace(embedder, model=embedder.model.eval().to(device))
+    return replace(embedder, model=embedder.model.eval().to(device), device=device)
 
 
 def _export_folder(model: str, out: Path, key: str) -> Path:
@@ -65,10 +86,12 @@ def _export_folder(model: str, out: Path, key: str) -> Path:
     if model == "bootstrap":
         folder = out / "bootstrap" / "model"
         hint = "the stage before trains it: run `troodon curate` without --stages"
+    elif kind == "builtin" and name in BUILTIN:
+        folder, hint = BUILTIN[name], "the installation is not complete: install troodon again"
     elif kind == "export" and name:
         folder, hint = Path(name).expanduser(), "give the folder of an export (exports/step-... of a training run)"
     else:
-        raise UserError(f"{key}: {model!r}; expected bootstrap, export:FOLDER or timm:NAME[@CHECKPOINT]")
+        raise UserError(f"{key}: {model!r}; expected {NAMES}")
     if not (folder / "card.json").is_file() or not (folder / "model.safetensors").is_file():
         raise UserError(f"{key}: no export in {folder} (card.json and model.safetensors)\n  {hint}")
     return folder
@@ -76,10 +99,19 @@ def _export_folder(model: str, out: Path, key: str) -> Path:
 
 def _load_export(folder: Path, size: int | None, key: str) -> Embedder:
     card = read_json(folder / "card.json")
+    if card.get("kind") == COPY_KIND:
+        network, own = load_network(folder, key=key)
+        if size not in (None, own):
+            raise UserError(
+                f"{_size_key(key)}: {size}; this copy network reads {own} x {own} pixels only: leave it out"
+            )
+        return Embedder(network, tuple(card["mean"]), tuple(card["std"]), own)
     shape = card["model"]
     size = size or int(shape["image_size"])
     if size % shape["patch_size"]:
-        raise UserError(f"{key}: size {size} is no multiple of the model's patch size {shape['patch_size']} ({folder})")
+        raise UserError(
+            f"{_size_key(key)}: {size} is no multiple of the model's patch size {shape['patch_size']} ({folder})"
+        )
     try:
         stored = load_file(folder / "model.safetensors")
     except SafetensorError as error:
@@ -91,6 +123,33 @@ def _load_export(folder: Path, size: int | None, key: str) -> Embedder:
     except RuntimeError as error:
         raise UserError(f"{key}: the weights in {folder} do not fit its card.json\n  {error}") from None
     return Embedder(model, tuple(card["mean"]), tuple(card["std"]), size)
+
+
+def _load_torchscript(path: Path, size: int | None, device: torch.device, key: str) -> Embedder:
+    """A scripted or traced module [B, 3, S, S] -> [B, D], as SSCD's authors publish theirs."""
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", category=FutureWarning)  # deprecated for saving; SSCD is what it is
+            model = torch.jit.load(path, map_location=device).eval()
+    except (RuntimeError, ValueError) as error:
+        raise UserError(
+            f"{key}: {path} is no TorchScript file, or damaged ({str(error).strip().splitlines()[0][:120]})\n"
+            f"  expected what torch.jit.save writes, such as sscd_disc_mixup.torchscript.pt"
+        ) from None
+    embedder = Embedder(model, IMAGENET_MEAN, IMAGENET_STD, size or TORCHSCRIPT_SIZE)
+    pixels = torch.zeros(2, 3, embedder.size, embedder.size, device=device)
+    with torch.inference_mode():
+        try:
+            vectors = model(pixels)
+        except RuntimeError as error:
+            last = str(error).strip().splitlines()[-1][:120]
+            raise UserError(
+                f"{_size_key(key)}: {path} does not take images of {embedder.size} x {embedder.size} pixels ({last})"
+            ) from None
+    if not isinstance(vectors, Tensor) or vectors.ndim != 2 or len(vectors) != 2:
+        found = f"shape {list(vectors.shape)}" if isinstance(vectors, Tensor) else type(vectors).__name__
+        raise UserError(f"{key}: {path} gives {found} for 2 images; expected one vector each, [2, D]")
+    return embedder
 
 
 def _vision_transformer(shape: dict[str, Any]) -> nn.Module:
@@ -146,7 +205,8 @@ def _load_timm(name: str, size: int | None, key: str) -> Embedder:
         if checkpoint:
             model: Any = timm.create_model(name, num_classes=0, checkpoint_path=str(_existing(Path(checkpoint), key)))
         else:
-            model = timm.create_model(name, num_classes=0, pretrained=True)
+            with _hub():
+                model = timm.create_model(name, num_classes=0, pretrained=True)
     except OSError as error:  # huggingface_hub's errors are OSErrors
         raise UserError(
             f"{key}: the weights of timm:{name} cannot be downloaded here\n"
@@ -159,6 +219,35 @@ def _load_timm(name: str, size: int | None, key: str) -> Embedder:
     if hasattr(model, "set_input_size"):  # transformers have a position table; convolutions take any size
         model.set_input_size(img_size=size)
     return Embedder(model, data["mean"], data["std"], size)
+
+
+@contextmanager
+def _hub() -> Iterator[None]:
+    """Where the weights' server cannot be reached, downloads fail at once; they would retry for most of a minute."""
+    from huggingface_hub import constants
+
+    offline = constants.HF_HUB_OFFLINE
+    constants.HF_HUB_OFFLINE = offline or not _reachable(constants.ENDPOINT)
+    try:
+        yield
+    finally:
+        constants.HF_HUB_OFFLINE = offline
+
+
+def _reachable(endpoint: str) -> bool:
+    if urllib.request.getproxies():
+        return True  # only the proxy knows
+    url = urllib.parse.urlsplit(endpoint)
+    try:
+        socket.create_connection((url.hostname or "", url.port or 443), timeout=HUB_WAIT).close()
+    except OSError:
+        return False
+    return True
+
+
+def _size_key(key: str) -> str:
+    """The config key of a model's input side, beside that of its name."""
+    return key.removesuffix("model") + "size"
 
 
 def _existing(path: Path, key: str) -> Path:

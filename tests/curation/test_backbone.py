@@ -3,10 +3,15 @@
 import dataclasses
 import json
 import shutil
+import time
+import urllib.request
+import warnings
+from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import save_file
+from torch import nn
 
 from curation.backbone import load_embedder, model_identity
 from pretrain.export import load_backbone
@@ -79,10 +84,81 @@ def test_timm_models_load_with_a_checkpoint(tmp_path):
         load_embedder(*config, tmp_path, CPU, key=KEY)
 
 
+def test_timm_models_without_a_network_fail_at_once(tmp_path, monkeypatch):
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")  # nobody listens there
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(urllib.request, "getproxies", dict)
+    start = time.monotonic()
+    with pytest.raises(
+        UserError, match=r"embed\.copy\.model: the weights of timm:vit_tiny\S* cannot be downloaded here"
+    ):
+        load_embedder("timm:vit_tiny_patch16_224", None, tmp_path, CPU, key=KEY)
+    assert time.monotonic() - start < 20
+    assert not constants.HF_HUB_OFFLINE
+
+
+class Scripted(nn.Module):
+    """Mean colours of the four quarters, or of everything."""
+
+    def __init__(self, flat: bool = True, fixed: bool = False):
+        super().__init__()
+        self.flat, self.fixed = flat, fixed
+
+    def forward(self, pixels: torch.Tensor) -> torch.Tensor:
+        if self.fixed:
+            pixels = pixels.reshape(-1, 3, 32, 32)
+        maps = nn.functional.adaptive_avg_pool2d(pixels, 2)
+        return maps.flatten(1) if self.flat else maps
+
+
+def save_scripted(path: Path, module: nn.Module) -> str:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        torch.jit.save(torch.jit.script(module), path)
+    return f"torchscript:{path}"
+
+
+def test_torchscript_files_give_unit_vectors_of_normalised_pixels(tmp_path):
+    model = save_scripted(tmp_path / "model.pt", Scripted())
+    embedder = load_embedder(model, None, tmp_path, CPU, key=KEY)
+    assert (embedder.size, embedder.dim) == (288, 12)
+    embedder = load_embedder(model, 32, tmp_path, CPU, key=KEY)
+    images = torch.randint(0, 256, (3, 3, 32, 32), dtype=torch.uint8)
+    pixels = (images.double() / 255 - torch.tensor([0.485, 0.456, 0.406])[:, None, None]) / torch.tensor(
+        [0.229, 0.224, 0.225]
+    )[:, None, None]
+    quarters = pixels.reshape(3, 3, 2, 16, 2, 16).mean((3, 5)).flatten(1)
+    expected = quarters / quarters.norm(dim=1, keepdim=True)
+    torch.testing.assert_close(embedder(images).double(), expected, atol=1e-5, rtol=1e-4)
+    identity = model_identity(model, tmp_path, key=KEY)
+    save_scripted(tmp_path / "model.pt", Scripted(fixed=True))
+    assert model_identity(model, tmp_path, key=KEY) != identity
+
+
+def test_torchscript_files_that_do_not_fit_are_named(tmp_path):
+    path = tmp_path / "model.pt"
+    path.write_bytes(b"PK not a model")
+    with pytest.raises(UserError, match=r"embed\.copy\.model: \S+model\.pt is no TorchScript file, or damaged"):
+        load_embedder(f"torchscript:{path}", None, tmp_path, CPU, key=KEY)
+    model = save_scripted(path, Scripted(flat=False))
+    with pytest.raises(UserError, match=r"gives shape \[2, 3, 2, 2\] for 2 images; expected one vector each"):
+        load_embedder(model, None, tmp_path, CPU, key=KEY)
+    model = save_scripted(path, Scripted(fixed=True))
+    with pytest.raises(UserError, match=r"embed\.copy\.size: \S+model\.pt does not take images of 33 x 33 pixels"):
+        load_embedder(model, 33, tmp_path, CPU, key=KEY)
+    torch.save({"weights": torch.zeros(3)}, path)
+    with pytest.raises(UserError, match=r"is no TorchScript file"):
+        load_embedder(f"torchscript:{path}", None, tmp_path, CPU, key=KEY)
+
+
 @pytest.mark.parametrize(
     ("model", "expected"),
     [
-        ("dinov2", "expected bootstrap, export:FOLDER or timm:NAME"),
+        ("dinov2", "expected builtin:copy, bootstrap, export:FOLDER, timm:NAME"),
+        ("builtin:clip", "expected builtin:copy"),
+        ("torchscript:/nowhere.pt", "no checkpoint file /nowhere.pt"),
         ("export:/nowhere", "no export in /nowhere"),
         ("timm:vit_smal_patch16_224", "timm has no model 'vit_smal_patch16_224'; did you mean vit_small_patch16_224"),
         ("timm:vit_tiny_patch16_224@/nowhere.pt", "no checkpoint file /nowhere.pt"),
@@ -94,7 +170,7 @@ def test_a_wrong_model_is_named(tmp_path, model, expected):
 
 
 def test_damaged_exports_and_sizes_that_do_not_fit_are_named(export, tmp_path):
-    with pytest.raises(UserError, match=r"size 60 is no multiple of the model's patch size 16"):
+    with pytest.raises(UserError, match=r"embed\.copy\.size: 60 is no multiple of the model's patch size 16"):
         load_embedder(f"export:{export}", 60, tmp_path, CPU, key=KEY)
     shutil.copytree(export, tmp_path / "cut")
     data = (export / "model.safetensors").read_bytes()
