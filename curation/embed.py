@@ -27,6 +27,8 @@ from .pool import run_units
 from .rows import Rows
 from .stage import Share, Stage
 from .threads import torch_threads
+from .threshold import exact_cosines
+from .unit_vectors import UnitVectors, map_parts
 
 Purpose = Literal["copy", "retrieval"]
 
@@ -97,29 +99,26 @@ def embed_stage(
         stage.finish(images=len(chosen), dim=dims)
 
 
-@dataclass(frozen=True)
-class Vectors:
-    """Unit vectors of N rows."""
+@dataclass(frozen=True, eq=False)
+class Embedded:
+    """The vectors of a finished stage embed, mapped."""
 
     rows: np.ndarray  # int64 [N], sorted
-    values: np.ndarray  # float32 [N, D]
+    vectors: UnitVectors  # of these rows
 
-    def of(self, rows: np.ndarray) -> np.ndarray:
-        """Vectors of some of the rows; float32 [len(rows), D]."""
-        return self.values[np.searchsorted(self.rows, rows)]
+    @staticmethod
+    def open(stage: Stage, purpose: Purpose) -> "Embedded":
+        """Retrieval reads the copy vectors where one model serves both purposes."""
+        parts = sorted(stage.folder.glob(f"part-*-{purpose}.npy")) or sorted(stage.folder.glob("part-*-copy.npy"))
+        return Embedded(stage.table()["row"].to_numpy(), map_parts(parts))
 
+    def of(self, rows: np.ndarray) -> UnitVectors:
+        """Vectors of some of the rows."""
+        return UnitVectors(self.vectors.parts, np.searchsorted(self.rows, rows))
 
-def read_vectors(stage: Stage, purpose: Purpose) -> Vectors:
-    """The vectors of a finished stage, brought back to unit length after their rounding to float16.
-
-    Retrieval reads the copy vectors where one model serves both.
-    """
-    if purpose == "retrieval" and not _part(stage, 0, purpose).is_file():
-        purpose = "copy"
-    parts = [np.load(part).astype(np.float32) for part in sorted(stage.folder.glob(f"part-*-{purpose}.npy"))]
-    values = np.concatenate(parts)
-    values /= np.linalg.norm(values, axis=1, keepdims=True)
-    return Vectors(stage.table()["row"].to_numpy(), values)
+    def cosines(self, pairs: np.ndarray) -> np.ndarray:
+        """Cosines of pairs of the rows (int64 [E, 2]); float32 [E]."""
+        return exact_cosines(self.vectors, self.vectors, np.searchsorted(self.rows, pairs))
 
 
 def _part(stage: Stage, index: int, purpose: Purpose) -> Path:

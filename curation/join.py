@@ -12,7 +12,6 @@ from .hashes import as_codes
 from .threshold import threshold_pairs
 from .unit_vectors import UnitVectors, as_vectors
 
-CHUNK = 1 << 16  # pairs whose cosines are computed at a time
 QUERIES, BASE = 4096, 1 << 16  # vectors in float32 at a time in a search of nearest neighbours
 
 
@@ -88,15 +87,6 @@ def self_pairs(pairs: np.ndarray) -> np.ndarray:
     a, b = np.sort(pairs, axis=1).T
     keys = np.unique(a[a != b] << 32 | b[a != b])
     return np.stack([keys >> 32, keys & 0xFFFFFFFF], axis=1)
-
-
-def cosines(vectors: np.ndarray, others: np.ndarray, pairs: np.ndarray) -> np.ndarray:
-    """Cosine of each pair of unit vectors (float32 [N, D]); float32 [E], at most 1."""
-    result = np.empty(len(pairs), dtype=np.float32)
-    for start in range(0, len(pairs), CHUNK):
-        a, b = pairs[start : start + CHUNK].T
-        result[start : start + CHUNK] = np.einsum("ed,ed->e", vectors[a], others[b])
-    return result.clip(-1, 1)
 
 
 def sample_pairs(

@@ -13,8 +13,7 @@ from runtime.environment import package_versions
 from runtime.files import sha256, write_json, write_table
 
 from .config import CurateConfig, result_hash
-from .embed import Vectors
-from .join import cosines
+from .embed import Embedded
 from .rows import Rows
 from .stage import Stage
 
@@ -61,7 +60,7 @@ class Fates:
 
 
 def write_manifest(
-    config: CurateConfig, rows: Rows, stages: dict[str, Stage], vectors: Vectors, shard_of: dict[int, str]
+    config: CurateConfig, rows: Rows, stages: dict[str, Stage], vectors: Embedded, shard_of: dict[int, str]
 ) -> pa.Table:
     """Write `manifest.parquet`, rows ordered by (source, key). `stages`: those that ran, by name."""
     num_rows = len(rows.ids)
@@ -149,7 +148,7 @@ def _fill_leaks(fates: Fates, stages: dict[str, Stage]) -> None:
     fates.remove(leaks["row"].to_numpy(), "leak", reason.astype(object), leaks["witness"].to_numpy(), cosine)
 
 
-def _fill_duplicates(fates: Fates, group: np.ndarray, rows: Rows, stages: dict[str, Stage], vectors: Vectors) -> None:
+def _fill_duplicates(fates: Fates, group: np.ndarray, rows: Rows, stages: dict[str, Stage], vectors: Embedded) -> None:
     """Copies and near-duplicates with the image that stays; `group` becomes the row that stays, -1 outside groups."""
     groups = stages["dedup"].table("groups.parquet")
     gone, stays = groups["row"].to_numpy(), groups["of"].to_numpy()
@@ -160,8 +159,8 @@ def _fill_duplicates(fates: Fates, group: np.ndarray, rows: Rows, stages: dict[s
     embedded = np.arange(len(group))  # an exact copy has the vector of the copy that was embedded
     for row, of in zip(*(copies[name].to_pylist()[::-1] for name in ("row", "of")), strict=True):
         embedded[row] = embedded[of]
-    pairs = np.searchsorted(vectors.rows, np.stack([embedded[gone], embedded[stays]], axis=1))
-    fates.remove(gone, "duplicate", reason[gone], stays, cosines(vectors.values, vectors.values, pairs))
+    pairs = np.stack([embedded[gone], embedded[stays]], axis=1)
+    fates.remove(gone, "duplicate", reason[gone], stays, vectors.cosines(pairs))
 
 
 def _fill_seed_copies(fates: Fates, group: np.ndarray, rows: Rows, considered: np.ndarray) -> None:

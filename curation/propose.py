@@ -25,13 +25,14 @@ from runtime.world import choose_device
 from .cells import Cells, cell_pairs, probes_for, train_cells, visit_cells
 from .codes import build_codes, code_pairs, read_codes, write_codes
 from .config import CurateConfig
+from .embed import Embedded
 from .join import hash_pairs, held, knn_pairs, sample_pairs, self_pairs, wilson_interval
 from .planner import MOST_PROBES, RECALL, JoinPlan, plan_join
 from .rows import Rows, read_thumbs, thumb_files
 from .stage import Share, Stage
 from .threads import torch_threads
 from .threshold import Pairs, count_pairs, even_ranges, exact_cosines, threshold_pairs, triangle_costs
-from .unit_vectors import UnitVectors, map_parts
+from .unit_vectors import UnitVectors
 from .views import view_pairs
 
 RECALL_SAMPLE = 1000  # rows searched exactly, to measure what the join finds and to expect how many pairs there are
@@ -48,7 +49,7 @@ def index_stage(config: CurateConfig, rows: Rows, embed: Stage, chosen: np.ndarr
     """
     stage.open()
     device = choose_device(config.device)
-    embedded = Embedded.open(embed)
+    embedded = Embedded.open(embed, "copy")
     vectors = embedded.of(chosen)
     expected, num_sampled, sampled = _sample(config, vectors, "recall sample", device)
     write_table(stage.file("sample.parquet"), _table(Pairs(chosen[sampled], exact_cosines(vectors, vectors, sampled))))
@@ -101,7 +102,7 @@ def join_stage(
     (evaluation image, pool image or seed that passes); both sorted.
     """
     stage.open(share)
-    embedded = Embedded.open(embed)
+    embedded = Embedded.open(embed, "copy")
     evaluation, guarded = rows.of("guard"), _guarded(config, rows, embedded)
     search = Search(config, embedded, index, chosen, evaluation, guarded)
     units = search.units()
@@ -129,22 +130,6 @@ def join_stage(
     if len(evaluation):
         say(f"join: {counts['guard']} pairs of {len(evaluation)} evaluation images with the pool proposed")
     stage.finish(pool_pairs=counts["pool"], guard_pairs=counts["guard"], pair_recall=recall)
-
-
-@dataclass(frozen=True, eq=False)
-class Embedded:
-    """The copy vectors of a finished stage embed, mapped."""
-
-    rows: np.ndarray  # int64, sorted
-    vectors: UnitVectors
-
-    @staticmethod
-    def open(embed: Stage) -> "Embedded":
-        return Embedded(embed.table()["row"].to_numpy(), map_parts(sorted(embed.folder.glob("part-*-copy.npy"))))
-
-    def of(self, rows: np.ndarray) -> UnitVectors:
-        """Vectors of some of the rows."""
-        return UnitVectors(self.vectors.parts, np.searchsorted(self.rows, rows))
 
 
 @dataclass(frozen=True)

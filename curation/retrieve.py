@@ -16,7 +16,7 @@ from runtime.files import write_table
 from runtime.progress import say
 
 from .config import CurateConfig, active_methods
-from .embed import Vectors
+from .embed import Embedded
 from .mixture import draw_mixture
 from .rows import Rows
 from .selection import Found, by_clusters, by_hierarchy, by_samples, seed_sets, selection_table
@@ -75,7 +75,7 @@ def selects(config: CurateConfig) -> bool:
 
 
 def retrieve_stage(
-    config: CurateConfig, rows: Rows, vectors: Vectors, pool: np.ndarray, leaks: np.ndarray, stage: Stage
+    config: CurateConfig, rows: Rows, vectors: Embedded, pool: np.ndarray, leaks: np.ndarray, stage: Stage
 ) -> None:
     """Write `selection.parquet` (SELECTION): every image of the shards, once.
 

@@ -23,7 +23,7 @@ from runtime.signals import StopRequest
 from .config import CurateConfig, in_order
 from .decoding import decode_stage
 from .dedup import dedup_stage, surviving
-from .embed import embed_stage, identities, read_vectors
+from .embed import Embedded, embed_stage, identities
 from .exact import exact_stage, remaining
 from .guard import guard_stage
 from .items import items_stage, list_items
@@ -217,7 +217,7 @@ class _Run:
             "dedup": lambda own: dedup_stage(config, self.rows(), stage("exact"), self._proposed(), own),
             "guard": lambda own: guard_stage(config, self.rows(), stage("dedup"), self._proposed(), own),
             "retrieve": lambda own: retrieve_stage(
-                config, self.rows(), read_vectors(stage("embed"), "retrieval"), self._survivors(), self._leaks(), own
+                config, self.rows(), Embedded.open(stage("embed"), "retrieval"), self._survivors(), self._leaks(), own
             ),
             "shards": self._shards,
         }
@@ -275,7 +275,7 @@ class _Run:
         stages = {name: self.stage(name) for name in STAGES if name not in self.skipped()}
         assignment = stages["shards"].table("assignment.parquet").to_pydict()
         shard_of = dict(zip(assignment["row"], assignment["shard"], strict=True))
-        manifest = write_manifest(self.config, self.rows(), stages, read_vectors(stages["embed"], "copy"), shard_of)
+        manifest = write_manifest(self.config, self.rows(), stages, Embedded.open(stages["embed"], "copy"), shard_of)
         write_summary(self.config, stages, self.skipped(), manifest)
         fates = manifest["fate"].to_pylist()
         counts = ", ".join(f"{fates.count(fate)} {fate.replace('_', ' ')}" for fate in FATES if fate in fates)

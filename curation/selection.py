@@ -16,12 +16,13 @@ import pyarrow as pa
 from runtime.errors import UserError
 from runtime.progress import say
 from runtime.seeding import generator
+from runtime.world import choose_device
 
 from .clusters import assign, kmeans, most_cells, ranks, retrieve_cells
 from .config import CurateConfig
-from .embed import Vectors
+from .embed import Embedded
 from .hierarchy import balanced_sample, hierarchical_kmeans, levels_for
-from .join import cosines, knn_pairs
+from .join import knn_pairs
 from .rows import Rows
 
 SELECTION = pa.schema(
@@ -60,18 +61,19 @@ def seed_sets(rows: Rows, chosen: np.ndarray) -> list[str]:
     return rows.table["set"].take(pa.array(chosen)).to_pylist()
 
 
-def by_samples(config: CurateConfig, rows: Rows, vectors: Vectors, pool: np.ndarray) -> Found:
+def by_samples(config: CurateConfig, rows: Rows, vectors: Embedded, pool: np.ndarray) -> Found:
     """For every seed its k nearest pool images (DINOv2 A.4).
 
     A pool image of the seed's own bytes is not its neighbour. What several seeds retrieve is selected once, for the
     seed closest to it; the others are collisions.
     """
     k, seed_rows = config.retrieval.k, rows.of("seed")
-    ours, theirs = vectors.of(seed_rows), vectors.of(pool)
-    pairs = knn_pairs(ours, theirs, k=k + 1, threshold=config.retrieval.min_similarity)
+    device = choose_device(config.device)
+    least = config.retrieval.min_similarity
+    pairs = knn_pairs(vectors.of(seed_rows), vectors.of(pool), k=k + 1, threshold=least, device=device)
     pairs = pairs[rows.ids[seed_rows[pairs[:, 0]]] != rows.ids[pool[pairs[:, 1]]]]
     pairs = pairs[np.lexsort((pairs[:, 1], pairs[:, 0]))]  # equal cosines are ranked by content id
-    cosine = cosines(ours, theirs, pairs)
+    cosine = vectors.cosines(np.stack([seed_rows[pairs[:, 0]], pool[pairs[:, 1]]], axis=1))
     rank = ranks(pairs[:, 0], -cosine)
     order = np.lexsort((rank, pairs[:, 0]))
     order = order[rank[order] < k]
@@ -93,7 +95,7 @@ def by_samples(config: CurateConfig, rows: Rows, vectors: Vectors, pool: np.ndar
     return Found(table.take(pa.array(first)), counts, neighbours=table)
 
 
-def by_clusters(config: CurateConfig, rows: Rows, vectors: Vectors, pool: np.ndarray) -> Found:
+def by_clusters(config: CurateConfig, rows: Rows, vectors: Embedded, pool: np.ndarray) -> Found:
     """For every seed set the images of the k-means cells with more than `min_seeds` of its seeds (DINOv2 A.4).
 
     What several sets retrieve counts for the first of them by name; the others are collisions.
@@ -143,7 +145,7 @@ def by_clusters(config: CurateConfig, rows: Rows, vectors: Vectors, pool: np.nda
     )
 
 
-def by_hierarchy(config: CurateConfig, rows: Rows, vectors: Vectors, pool: np.ndarray) -> Found:
+def by_hierarchy(config: CurateConfig, rows: Rows, vectors: Embedded, pool: np.ndarray) -> Found:
     """`target` images, drawn evenly from hierarchical k-means (Vo et al. 2024).
 
     Raises UserError where fewer are left.

@@ -3,7 +3,7 @@ import pytest
 import torch
 
 from curation.hashes import hamming
-from curation.join import cosines, hash_pairs, knn_pairs, pair_recall, self_pairs, wilson_interval
+from curation.join import hash_pairs, knn_pairs, pair_recall, self_pairs, wilson_interval
 
 
 def unit_vectors(num: int, dim: int, seed: int = 0) -> np.ndarray:
@@ -68,13 +68,6 @@ def test_a_thousand_equal_hashes_give_a_thousand_pairs():
 
 def test_self_pairs_are_ordered_distinct_and_not_loops():
     assert self_pairs(np.array([[2, 1], [1, 2], [3, 3], [0, 3]])).tolist() == [[0, 3], [1, 2]]
-
-
-def test_cosines_of_pairs():
-    a, b = unit_vectors(20, 16), unit_vectors(30, 16, seed=1)
-    pairs = np.array([[0, 0], [19, 29], [3, 7]])
-    np.testing.assert_allclose(cosines(a, b, pairs), (a @ b.T)[tuple(pairs.T)], rtol=1e-5)
-    assert cosines(a, a, np.stack([np.arange(20)] * 2, axis=1)).max() <= 1
 
 
 def test_recall_counts_what_the_graph_lost():

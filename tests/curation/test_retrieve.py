@@ -18,13 +18,14 @@ from curation.config import (
     RetrievalConfig,
     SeedsConfig,
 )
-from curation.embed import Vectors
+from curation.embed import Embedded
 from curation.manifest import read_manifest
 from curation.retrieve import check_retrieval, retrieve_stage
 from curation.rows import Rows
 from curation.run import curate
 from curation.shards import verify_shards
 from curation.stage import Stage
+from curation.unit_vectors import UnitVectors
 from runtime.errors import UserError
 
 NUM_POOL, NUM_SEEDS = 400, 30
@@ -32,7 +33,7 @@ POOL = np.arange(NUM_POOL)
 
 
 @pytest.fixture
-def world() -> tuple[Rows, Vectors]:
+def world() -> tuple[Rows, Embedded]:
     """A pool of two sources around 8 directions, the first of them crowded; seeds near three of them, in two sets.
 
     Rows 0..399 are the pool, then come the seeds. The bytes of the first two seeds are those of pool images 7 and 8.
@@ -51,7 +52,7 @@ def world() -> tuple[Rows, Vectors]:
     some = np.ones(len(ids), dtype=np.int64)
     table = pa.table({"set": sets, "source_name": names})
     rows = Rows(table, role, some.astype(bool), ids, some, some, np.zeros((len(ids), 2), dtype=np.uint64))
-    return rows, Vectors(np.arange(len(ids)), values)
+    return rows, Embedded(np.arange(len(ids)), UnitVectors((values,)))
 
 
 @pytest.fixture
@@ -76,11 +77,11 @@ def rows_of(stage: Stage) -> list[int]:
 
 
 def test_neighbours_are_those_of_an_exhaustive_search(world, select):
-    rows, vectors = world
+    rows, values = world[0], world[1].vectors.take(slice(None))
     stage, counts = select(k=5)
     expected = set()
     for seed in range(NUM_POOL, NUM_POOL + NUM_SEEDS):
-        cosine = vectors.values[POOL] @ vectors.values[seed]
+        cosine = values[POOL] @ values[seed]
         cosine[rows.ids[POOL] == rows.ids[seed]] = -2  # its own bytes do not use up its neighbours
         expected |= {(seed, int(row), rank) for rank, row in enumerate(np.argsort(-cosine)[:5])}
     table = stage.table("neighbours.parquet")
@@ -106,12 +107,12 @@ def test_an_image_of_several_seeds_is_selected_for_the_closest(select):
 
 
 def test_clusters_around_seeds_follow_the_rule(world, select, capsys):
-    rows, vectors = world
+    rows, values = world[0], world[1].vectors.take(slice(None))
     stage, counts = select(methods=("cluster",), cluster=ClusterConfig(min_seeds=3, per_cell=20))
     assert "10 k-means cells instead of 100000" in capsys.readouterr().err
     by_content = POOL[np.argsort(rows.ids[POOL])]
-    centroids = kmeans(vectors.values[by_content], 10, iterations=20, seed=0, purpose="cells")
-    cosine = vectors.values @ centroids.T
+    centroids = kmeans(values[by_content], 10, iterations=20, seed=0, purpose="cells")
+    cosine = values @ centroids.T
     cell = cosine.argmax(axis=1)
     found = stage.table("clusters.parquet")
     assert found["row"].to_pylist() == POOL.tolist()
@@ -203,6 +204,7 @@ def test_a_size_alone_is_drawn_from_everything(world, tmp_path):
 def test_the_order_of_rows_and_the_threads_decide_nothing(world, tmp_path):
     """The same images under other names come in another order of rows."""
     rows, vectors = world
+    all_values = vectors.vectors.take(slice(None))
     settings = {
         "methods": METHODS,
         "cluster": ClusterConfig(order="random"),
@@ -215,9 +217,11 @@ def test_the_order_of_rows_and_the_threads_decide_nothing(world, tmp_path):
     order = np.concatenate([np.random.default_rng(1).permutation(NUM_POOL), np.arange(NUM_POOL, NUM_POOL + NUM_SEEDS)])
     other = Rows(rows.table.take(pa.array(order)), *(getattr(rows, n)[order] for n in ROW_ARRAYS))
     results = []
-    for name, of, values in (("a", rows, vectors.values), ("b", other, vectors.values[order])):
+    for name, of, values in (("a", rows, all_values), ("b", other, all_values[order])):
         stage = Stage(tmp_path / name, "retrieve", {})
-        retrieve_stage(config, of, Vectors(vectors.rows, values), POOL, np.empty(0, dtype=np.int64), stage)
+        retrieve_stage(
+            config, of, Embedded(vectors.rows, UnitVectors((values,))), POOL, np.empty(0, dtype=np.int64), stage
+        )
         results.append(sorted(of.ids[rows_of(stage)]))
     assert results[0] == results[1]
 
