@@ -15,7 +15,7 @@ from .errors import UserError
 
 NAME = re.compile(r"^((?:.*/|)[^./]+)[.]([^/]*)$", re.DOTALL)
 BLOCK = tarfile.BLOCKSIZE
-WRITE = 1 << 20  # bytes written at a time; few enough to stay in the processor's cache until they are summed
+WRITE = 1 << 16  # bytes written at a time; calls of 128 KB and more took Linux ten times the time per byte on ext4
 LONGEST_NAME = tarfile.LENGTH_NAME  # bytes in a plain header; longer names need a second one
 LARGEST_FILE = 8**11 - 1  # bytes in a plain header
 # What follows the check sum and the type "0"; the sum counts the check sum itself as eight spaces.
@@ -149,7 +149,7 @@ class TarWriter:
         part = self.buffer[: self.filled]
         self.digest.update(part)
         while part:
-            count = os.pwrite(self.descriptor, part, self.written)
+            count = os.pwrite(self.descriptor, part[:WRITE], self.written)
             self.written, part = self.written + count, part[count:]
         self.filled = 0
 
