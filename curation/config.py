@@ -114,7 +114,7 @@ class ShardsConfig:
 @dataclass(frozen=True)
 class CurateConfig:
     out: str = "runs/curate"  # folder of the result
-    seed: int = 0  # of the order of samples in the shards and of the recall sample
+    seed: int = 0  # of the order of samples in the shards, of clusters and of everything that is drawn
     device: Literal["auto", "cpu", "cuda"] = "auto"  # of the embedding model and of pixel verification
     workers: int = 4  # processes that decode, verify and write; 0: this process
     source: SourceConfig = field(default_factory=SourceConfig)

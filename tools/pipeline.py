@@ -88,7 +88,7 @@ def plan(config: RunConfig) -> list[str]:
     if needs_bootstrap(config):
         lines.append(f"  embedder: {describe(config.bootstrap)}")
     for what, paths in (("seeds", config.seeds.paths), ("evaluation guard", config.guard.paths)):
-        lines.append(f"  {what}: {', '.join(paths) or 'none given, stage left out'}")
+        lines.append(f"  {what}: {', '.join(paths) or 'none given'}")
     lines.append(f"pretrain {describe(config.pretrain)}")
     lines += [f"distil student {s.name}: {s.arch}, {config.distill.train.steps} steps" for s in config.distill.students]
     lines.append(f"evaluate: {'k-NN on ' + config.evaluate.data if config.evaluate.data else 'label-free scores only'}")
