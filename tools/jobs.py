@@ -13,18 +13,19 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from curation.config import CurateConfig
 from curation.run import PARALLEL, STAGES, unfinished
 from runtime.chain import Driver, Link, Queued, chained_parameters, submit_chain
 from runtime.errors import UserError
 from runtime.launch import Resources, Submitted, submit
+
+from .pipeline import CurateRunConfig, curation_part
 
 ON_DEVICE = {"exact", "embed", "index", "join", "verify"}  # the stages that use config.device
 NAME = "troodon-curate"
 
 
 def curation_chain(
-    config: CurateConfig, command: Sequence[str], *, tasks: int, at_once: int | None, resources: Resources
+    config: CurateRunConfig, command: Sequence[str], *, tasks: int, at_once: int | None, resources: Resources
 ) -> tuple[Link, ...]:
     """The jobs that finish a curation. Raises UserError when the output folder belongs to another config.
 
@@ -40,7 +41,7 @@ def curation_chain(
             return Link(name, (alone,), own)
         return Link(name, tuple((*alone, "--share", f"{index}/{shares}") for index in range(shares)), own, at_once)
 
-    left = unfinished(config)
+    left = unfinished(curation_part(config))
     if left and left[0] in PARALLEL:
         left = (STAGES[STAGES.index(left[0]) - 1], *left)
     links: list[Link] = []

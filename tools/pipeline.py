@@ -95,6 +95,11 @@ def plan(config: RunConfig) -> list[str]:
     return [*lines, f"report -> {config.out}/report.html"]
 
 
+def curation_part(config: CurateRunConfig) -> CurateConfig:
+    """The keys that decide what curation does; how a bootstrap embedder is trained is not among them."""
+    return CurateConfig(**{f.name: getattr(config, f.name) for f in dataclasses.fields(CurateConfig)})
+
+
 def needs_bootstrap(config: CurateConfig) -> bool:
     """Whether a model that this config embeds with is to be trained on its own pool."""
     return "bootstrap" in {spec.model for spec in embedders(config).values()}
@@ -108,7 +113,7 @@ def curate(
     stop: StopRequest | None = None,
 ) -> Path:
     """`curation.run.curate`, with the `bootstrap` embedder trained on the raw pool as soon as stage exact is done."""
-    own = CurateConfig(**{f.name: getattr(config, f.name) for f in dataclasses.fields(CurateConfig)})
+    own = curation_part(config)
     if needs_bootstrap(own) and share.whole and (stages is None or {"exact", "embed"} & set(stages)):
         before = BEFORE_EMBEDDING if stages is None or "embed" in stages else stages
         curation.curate(own, stages=[name for name in curation.STAGES if name in before], stop=stop)
