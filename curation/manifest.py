@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from runtime.config import to_dict
@@ -37,6 +38,7 @@ SCHEMA = pa.schema(
         ("shard", pa.string()),
         ("width", pa.int32()),  # upright pixels
         ("height", pa.int32()),
+        ("source_name", pa.string()),  # NAME of the entry NAME=PATH in source.paths, or the last part of its path
     ]
 )
 
@@ -72,6 +74,9 @@ def write_manifest(
     )
     bad = np.flatnonzero(~rows.good)
     fates.remove(bad, "rejected", np.array(rows.table["reason"].to_pylist(), dtype=object)[bad])
+    if "retrieve" in stages:  # a seed stays even where a larger image stays for its group
+        selection = stages["retrieve"].table("selection.parquet")
+        fates.remove(selection.filter(pc.field("method") == "seeds")["row"].to_numpy(), "kept", "seed")
     group = np.full(num_rows, -1)
     _fill_leaks(fates, stages)
     _fill_duplicates(fates, group, rows, stages, vectors)
@@ -88,15 +93,11 @@ def write_manifest(
             cluster[clusters["row"].to_numpy()] = clusters["cluster_id"].to_numpy()
         others = stages["retrieve"].table("not_selected.parquet")
         reason = np.array(others["reason"].to_pylist(), dtype=object)
-        passing = selected[np.array(selection["method"].to_pylist(), dtype=object) == "seeds"]
         if config.retrieval.keep_seeds:
             _fill_seed_copies(fates, group, rows, np.concatenate([selected, others["row"].to_numpy()]))
         fates.remove(others["row"].to_numpy(), "not_selected", reason)
-        fates.remove(passing, "kept", "seed")
     fates.remove(np.arange(num_rows), "kept", None)
-    inputs = ["pool", "seed"] if config.retrieval.keep_seeds else ["pool"]  # seeds that pass are input like the pool
-    listed = np.flatnonzero(np.isin(rows.role, inputs))
-    table = _table(rows, fates, group, seed_set, rank, cluster, shard_of, listed)
+    table = _table(rows, fates, group, seed_set, rank, cluster, shard_of, _inputs(config, rows))
     write_table(Path(config.out) / "manifest.parquet", table)
     return table
 
@@ -163,6 +164,17 @@ def _fill_duplicates(fates: Fates, group: np.ndarray, rows: Rows, stages: dict[s
     fates.remove(gone, "duplicate", reason[gone], stays, vectors.cosines(pairs))
 
 
+def _inputs(config: CurateConfig, rows: Rows) -> np.ndarray:
+    """Rows of the manifest: the pool, and the seeds where they pass, but no file twice; sorted int64."""
+    pool = np.flatnonzero(rows.role == "pool")
+    if not config.retrieval.keep_seeds:
+        return pool
+    places = list(zip(rows.table["source"].to_pylist(), rows.table["offset"].to_pylist(), strict=True))
+    known = {places[row] for row in pool}
+    seeds = [row for row in np.flatnonzero(rows.role == "seed") if places[row] not in known]
+    return np.union1d(pool, np.array(seeds, dtype=np.int64))
+
+
 def _fill_seed_copies(fates: Fates, group: np.ndarray, rows: Rows, considered: np.ndarray) -> None:
     """Seeds of the bytes of another row share its fate: leaks of a leak, duplicates of what could be selected."""
     seeds = np.setdiff1d(rows.of("seed"), considered)
@@ -205,6 +217,7 @@ def _table(
         "shard": [shard_of.get(int(row)) for row in pool],
         "width": rows.table["width"].take(pa.array(pool)),
         "height": rows.table["height"].take(pa.array(pool)),
+        "source_name": rows.table["source_name"].take(pa.array(pool)),
     }
     return pa.table({name: pa.chunked_array([c]) if not isinstance(c, list | pa.Array | pa.ChunkedArray) else c
                      for name, c in columns.items()}, schema=SCHEMA)  # fmt: skip
