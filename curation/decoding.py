@@ -102,14 +102,14 @@ def decode_unit(unit: DecodeUnit) -> int:
             if index in unit.deadly:
                 rows.append({"reason": "corrupt", "detail": "its decoder's process died, twice"})
             else:
-                rows.append(_describe(place, unit.config, thumbs[index]))
+                rows.append(describe(place, unit.config, thumbs[index]))
     write_array(unit.thumbs, thumbs)
     write_table(unit.table, pa.Table.from_pylist(rows, schema=SCHEMA))  # last: its presence says the part is done
     unit.journal.unlink()
     return len(rows)
 
 
-def _describe(place: dict, config: DecodeConfig, thumb: np.ndarray) -> dict:
+def describe(place: dict, config: DecodeConfig, thumb: np.ndarray) -> dict:
     """One row of SCHEMA; fills `thumb` [THUMB, THUMB]."""
     try:
         data = read_bytes(place["source"], place["offset"], place["length"])
