@@ -8,7 +8,8 @@ import hashlib
 import json
 import os
 import tarfile
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -36,6 +37,7 @@ from .stage import Share
 VERSION = 1  # of the folder's layout
 BLOCK = tarfile.BLOCKSIZE
 EXTENSIONS = {"JPEG": "jpg", "MPO": "jpg", "TIFF": "tif", "JPEG2000": "jp2"}  # of formats not named like their files
+NAMED_REPEATS = 10  # keys met in several shards that are named; the others are counted
 CHECKSUM = b"sha256"  # of the whole tar, in the metadata of its index's schema
 INDEX = pa.schema([("key", pa.string()), ("extension", pa.string()), ("offset", pa.int64()), ("length", pa.int64())])
 
@@ -169,19 +171,75 @@ def _changed(piece: Piece) -> UserError:
 
 
 def inspect_shards(paths: Sequence[str]) -> dict[str, Any]:
-    """What tars or folders of tars hold, ours or anyone's: samples, bytes, members by extension, problems."""
+    """What tars or folders of tars hold, ours or anyone's.
+
+    Keys: shards, indexed (those with an .idx), samples, bytes, members by extension, repeated_keys (samples whose key
+    an earlier shard has), problems (one line each).
+    """
     tars = _tars(paths)
-    summary: dict[str, Any] = {"shards": len(tars), "samples": 0, "bytes": 0, "members": {}, "problems": []}
+    indexed = sum(tar.with_suffix(".idx").is_file() for tar in tars)
+    summary: dict[str, Any] = {"shards": len(tars), "indexed": indexed, "samples": 0, "bytes": 0}
+    members_by_extension: Counter[str] = Counter()
+    problems: list[str] = []
+    first_seen: dict[str, Path] = {}
+    repeated = 0
     for tar in tars:
         members, problem = scan_tar(tar)
-        samples, problems = group_samples(members)
+        samples, lines = group_samples(members)
         summary["samples"] += len(samples)
         summary["bytes"] += tar.stat().st_size
-        for member in members:
-            summary["members"][member.extension] = summary["members"].get(member.extension, 0) + 1
-        summary["problems"] += [f"{tar.name}: {line}" for line in ([problem] if problem else []) + problems]
-    summary["members"] = dict(sorted(summary["members"].items()))
-    return summary
+        members_by_extension.update(member.extension for member in members)
+        problems += [f"{tar.name}: {line}" for line in ([problem] if problem else []) + lines]
+        for sample in samples:
+            other = first_seen.setdefault(sample[0].key, tar)
+            if other is not tar:
+                repeated += 1
+                if repeated <= NAMED_REPEATS:
+                    problems.append(f"{tar.name}: {sample[0].key}: in {other.name} too")
+    if repeated > NAMED_REPEATS:
+        problems.append(f"and {repeated - NAMED_REPEATS} more samples whose key is in an earlier shard")
+    members = dict(sorted(members_by_extension.items()))
+    return summary | {"members": members, "repeated_keys": repeated, "problems": problems}
+
+
+def index_shards(paths: Sequence[str]) -> Iterator[tuple[Path, str, bool]]:
+    """Write an .idx beside each tar that has none, so that training reads it by offset: (tar, what was done, fine).
+
+    An index that is there is compared with the tar and left alone. A tar that is cut off gets none: training would
+    take it for whole.
+    """
+    for tar in _tars(paths):
+        members, problem = scan_tar(tar)
+        index = tar.with_suffix(".idx")
+        if problem:
+            yield tar, f"no index written: {problem}", False
+            continue
+        samples, left_out = group_samples(members)
+        kept = [member for sample in samples for member in sample]
+        table = index_table(kept)
+        if index.is_file():
+            fits = _same_index(index, table)
+            found = (
+                "has its index" if fits else f"{index.name} does not describe it; remove that to have it written anew"
+            )
+            yield tar, found, fits
+            continue
+        write_table(index, table)
+        more = f", {len(left_out)} members left out, first {left_out[0]}" if left_out else ""
+        yield tar, f"indexed: {len(samples)} samples{more}", True
+
+
+def index_table(members: Sequence[Member]) -> pa.Table:
+    """The index of a tar with these members."""
+    columns = {name: [getattr(member, name) for member in members] for name in INDEX.names}
+    return pa.table(columns, schema=INDEX)
+
+
+def _same_index(index: Path, table: pa.Table) -> bool:
+    try:
+        return pq.read_table(index, columns=INDEX.names).cast(INDEX).equals(table)
+    except (pa.ArrowException, OSError):
+        return False
 
 
 def verify_shards(folder: Path) -> list[str]:

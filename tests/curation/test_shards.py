@@ -16,7 +16,7 @@ from curation.config import CurateConfig, DecodeConfig, ShardsConfig, SourceConf
 from curation.decoding import decode_stage
 from curation.items import items_stage, list_items, read_bytes
 from curation.rows import Rows, read_rows
-from curation.shards import inspect_shards, verify_shards, write_shards
+from curation.shards import index_shards, inspect_shards, verify_shards, write_shards
 from curation.stage import WHOLE, Stage
 from runtime.errors import UserError
 from runtime.files import locate
@@ -215,3 +215,60 @@ def test_long_extensions_and_strange_letters_survive(tmp_path):
     assert problem is None
     assert [member.extension for member in members] == ["jpg", f"{'x' * 90}.json", "übung.txt"]
     assert verify_shards(tmp_path / "shards") == []
+
+
+def tar_of(path: Path, members: dict[str, bytes]) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(path, "w") as tar:
+        for name, content in members.items():
+            entry = tarfile.TarInfo(name)
+            entry.size = len(content)
+            tar.addfile(entry, io.BytesIO(content))
+    return path
+
+
+def test_foreign_tars_get_an_index_that_training_reads(tmp_path):
+    from pretrain.data.shards import ShardSet
+
+    photo = locate("embedded:corrupt/files/baseline.jpg").read_bytes()
+    tar_of(tmp_path / "a.tar", {"d/1.jpg": photo, "d/1.json": b"{}", "2.seg.png": photo, "2.txt": b"x", "none": b""})
+    tar_of(tmp_path / "b.tar", {"3.JPG": photo + b"3"})
+    scanned = ShardSet.open([str(tmp_path)])
+    found = [(tar.name, text, fine) for tar, text, fine in index_shards([str(tmp_path)])]
+    assert found == [
+        ("a.tar", "indexed: 2 samples, 1 members left out, first none: no extension", True),
+        ("b.tar", "indexed: 1 samples", True),
+    ]
+    indexed = ShardSet.open([str(tmp_path)])
+    assert indexed.fingerprint == scanned.fingerprint
+    assert [indexed.read(i) for i in range(len(indexed))] == [scanned.read(i) for i in range(len(scanned))]
+    assert [text for _, text, _ in index_shards([str(tmp_path)])] == ["has its index"] * 2
+    tar_of(tmp_path / "b.tar", {"4.jpg": photo})
+    assert [fine for *_, fine in index_shards([str(tmp_path)])] == [True, False]
+
+
+def test_our_own_index_is_what_indexing_would_write(shards, tmp_path):
+    shutil.copytree(shards, tmp_path / "copy")
+    before = {path.name: pq.read_table(path) for path in (tmp_path / "copy").glob("*.idx")}
+    assert all(text == "has its index" for _, text, _ in index_shards([str(tmp_path / "copy")]))
+    for path in (tmp_path / "copy").glob("*.idx"):
+        path.unlink()
+    list(index_shards([str(tmp_path / "copy")]))
+    assert all(pq.read_table(tmp_path / "copy" / name).equals(table) for name, table in before.items())
+
+
+def test_a_tar_that_is_cut_off_gets_no_index(tmp_path):
+    tar = tar_of(tmp_path / "a.tar", {f"{i}.jpg": b"x" * 700 for i in range(4)})
+    tar.write_bytes(tar.read_bytes()[:3000])
+    assert [fine for *_, fine in index_shards([str(tar)])] == [False]
+    assert not tar.with_suffix(".idx").exists()
+
+
+def test_inspection_counts_indexes_and_names_keys_that_come_in_two_shards(tmp_path):
+    tar_of(tmp_path / "a.tar", {f"{i}.jpg": b"x" for i in range(20)})
+    tar_of(tmp_path / "b.tar", {f"{i}.jpg": b"x" for i in range(5, 25)})
+    list(index_shards([str(tmp_path / "a.tar")]))
+    found = inspect_shards([str(tmp_path)])
+    assert (found["shards"], found["indexed"], found["samples"], found["repeated_keys"]) == (2, 1, 40, 15)
+    assert found["problems"][0] == "b.tar: 5: in a.tar too"
+    assert found["problems"][10:] == ["and 5 more samples whose key is in an earlier shard"]
