@@ -115,16 +115,17 @@ def retrieve_stage(
 def passing_seeds(config: CurateConfig, rows: Rows, pool: np.ndarray, leaks: np.ndarray) -> np.ndarray:
     """Rows of the seed images that go into the shards as they are, one for each content; sorted int64.
 
-    The row is that of the pool image of the same bytes where it is in `pool`, else that of a seed. No seed passes whose
-    bytes are those of a leak.
+    The row is that of a pool image of the same bytes where there is one, one of `pool` before others, and else that of
+    the seed. No seed passes whose bytes are those of a leak.
     """
     if not config.retrieval.keep_seeds:
         return np.empty(0, dtype=np.int64)
     seeds = rows.of("seed")
     seeds = seeds[~np.isin(rows.ids[seeds], rows.ids[leaks])]
-    both = np.concatenate([pool[np.isin(rows.ids[pool], rows.ids[seeds])], seeds])
-    _, first = np.unique(rows.ids[both], return_index=True)  # the first of each content
-    return np.sort(both[first])
+    equal = [images[np.isin(rows.ids[images], rows.ids[seeds])] for images in (pool, rows.of("pool"), seeds)]
+    of_these_bytes = np.concatenate(equal)
+    _, first = np.unique(rows.ids[of_these_bytes], return_index=True)  # the first of each content
+    return np.sort(of_these_bytes[first])
 
 
 def _own_sets(rows: Rows, passing: np.ndarray) -> list[str]:
