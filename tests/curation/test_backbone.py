@@ -13,10 +13,11 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from curation.backbone import load_embedder, model_identity
+from curation.backbone import BUILTIN, load_embedder, model_identity
 from pretrain.export import load_backbone
 from pretrain.model.vit import Shape, VisionTransformer
 from runtime.errors import UserError
+from runtime.files import sha256
 
 KEY = "embed.copy.model"
 CPU = torch.device("cpu")
@@ -97,6 +98,27 @@ def test_timm_models_without_a_network_fail_at_once(tmp_path, monkeypatch):
         load_embedder("timm:vit_tiny_patch16_224", None, tmp_path, CPU, key=KEY)
     assert time.monotonic() - start < 20
     assert not constants.HF_HUB_OFFLINE
+
+
+def test_the_shipped_copy_network_sees_through_edits(tmp_path):
+    """Each picture of a pattern is nearest to its own mirror image, crop, border and grey version."""
+    embedder = load_embedder("builtin:copy", None, tmp_path, CPU, key=KEY)
+    assert (embedder.size, embedder.dim) == (64, 192)
+    small = torch.rand(16, 3, 6, 6, generator=torch.Generator().manual_seed(0))
+    images = nn.functional.interpolate(small, 64, mode="bicubic").clamp(0, 1)
+    edits = {
+        "mirror": images.flip(-1),
+        "crop": nn.functional.interpolate(images[..., 6:58, 6:58], 64, mode="bilinear"),
+        "border": nn.functional.pad(images[..., 4:60, 4:60], (4, 4, 4, 4), value=1.0),
+        "grey": images.mean(1, keepdim=True).expand(-1, 3, -1, -1),
+    }
+    base = embedder((images * 255).to(torch.uint8))
+    for name, edited in edits.items():
+        nearest = (embedder((edited.clamp(0, 1) * 255).to(torch.uint8)) @ base.T).argmax(1)
+        assert (nearest == torch.arange(16)).float().mean() > 0.8, name
+    file = BUILTIN["copy"] / "model.safetensors"
+    assert model_identity("builtin:copy", tmp_path, key=KEY) == sha256(file)
+    assert file.stat().st_size < 10_000_000
 
 
 class Scripted(nn.Module):
