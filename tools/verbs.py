@@ -262,7 +262,10 @@ def curate(args: argparse.Namespace, stop: StopRequest) -> int:
     stages = args.stages.split(",") if args.stages else None
     share = parse_share(args.share) if args.share else Share()
     if args.dry_run:
-        return show_plan(config, [f"curate {', '.join(config.source.paths)} -> {config.out}"])
+        from .plan import plan_lines
+
+        first = f"curate {', '.join(config.source.paths)} -> {config.out}"
+        return show_plan(config, [first, *plan_lines(pipeline.curation_part(config))])
     print(pipeline.curate(config, stages=stages, share=share, stop=stop), flush=True)
     if share.whole and (Path(config.out) / "manifest.parquet").is_file():
         write_page(config.out)
