@@ -12,6 +12,7 @@ from runtime.progress import say
 
 from .config import CurateConfig
 from .dedup import judged
+from .groups import components
 from .rows import Rows
 from .scoring import as_pairs
 from .stage import Stage
@@ -26,7 +27,7 @@ SCHEMA = pa.schema(
 )
 
 
-def guard_stage(config: CurateConfig, rows: Rows, dedup: Stage, proposed: Stage, stage: Stage) -> None:
+def guard_stage(config: CurateConfig, rows: Rows, exact: Stage, dedup: Stage, proposed: Stage, stage: Stage) -> None:
     """Write `edges.parquet` (evaluation image, pool image, scores, verdict) and `leaks.parquet` (SCHEMA).
 
     proposed: the finished stage with `guard.parquet`, which is verify or, without verification, join.
@@ -35,7 +36,7 @@ def guard_stage(config: CurateConfig, rows: Rows, dedup: Stage, proposed: Stage,
     edges = judged(proposed.table("guard.parquet"), threshold=config.guard.verify_threshold)
     write_table(stage.file("edges.parquet"), edges)
     hits = _best_hits(edges.filter(edges["accepted"]))
-    leaks = _with_groups(rows, hits, dedup)
+    leaks = _with_components(rows, hits, exact, dedup)
     write_table(stage.file("leaks.parquet"), leaks)
     direct = int(np.sum(leaks["direct"].to_numpy(zero_copy_only=False)))
     say(f"guard: {direct} copies of evaluation images, {len(leaks) - direct} more in their groups")
@@ -52,11 +53,14 @@ def _best_hits(hits: pa.Table) -> pa.Table:
     return pa.table([rows, edges[first, 0], cosine[first], np.ones(len(rows), bool)], schema=SCHEMA)
 
 
-def _with_groups(rows: Rows, hits: pa.Table, dedup: Stage) -> pa.Table:
-    """The hits and every other row of their groups, with the same witness; sorted by row."""
-    groups = dedup.table("groups.parquet")
-    of = np.arange(len(rows.ids))
-    of[groups["row"].to_numpy()] = groups["of"].to_numpy()
+def _with_components(rows: Rows, hits: pa.Table, exact: Stage, dedup: Stage) -> pa.Table:
+    """The hits and every other row of their components, with the same witness; sorted by row.
+
+    Components also where `dedup.groups` is leader: a chain of copies from an evaluation image is a risk in any case.
+    """
+    edges, copies = dedup.table("edges.parquet"), exact.table("duplicates.parquet")
+    links = np.stack([copies["row"].to_numpy(), copies["of"].to_numpy()], axis=1)
+    of = components(len(rows.ids), np.concatenate([as_pairs(edges.filter(edges["accepted"])), links]))
     hit, witness = hits["row"].to_numpy(), hits["witness"].to_numpy()
     # Hits are sorted by row; the first of a group lends its witness to the others.
     touched, first = np.unique(of[hit], return_index=True)

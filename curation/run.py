@@ -215,7 +215,9 @@ class _Run:
             ),
             "verify": lambda own: verify_stage(config, self.rows(), stage("decode"), stage("join"), own, stop, share),
             "dedup": lambda own: dedup_stage(config, self.rows(), stage("exact"), self._proposed(), own),
-            "guard": lambda own: guard_stage(config, self.rows(), stage("dedup"), self._proposed(), own),
+            "guard": lambda own: guard_stage(
+                config, self.rows(), stage("exact"), stage("dedup"), self._proposed(), own
+            ),
             "retrieve": lambda own: retrieve_stage(
                 config, self.rows(), Embedded.open(stage("embed"), "retrieval"), self._survivors(), self._leaks(), own
             ),
