@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 from runtime.errors import EXIT_DONE, EXIT_FAILED, UserError
 
+from .index_verbs import add_index
+
 if TYPE_CHECKING:
     from runtime.signals import StopRequest
 
@@ -90,6 +92,7 @@ def add_verbs(verbs: Any) -> None:
     verb.add_argument("run", metavar="RUN", help="folder of a run, of a curation or of a training")
 
     add_shards(verbs)
+    add_index(verbs, add)
 
     verb = add(
         verbs,

@@ -25,6 +25,7 @@ VERBS = (
     "export",
     "report",
     "shards",
+    "index",
     "launch",
     "doctor",
 )
