@@ -18,6 +18,7 @@ from typing import Any
 from runtime.environment import check_python
 from runtime.errors import EXIT_FAILED, EXIT_RESUMABLE, EXIT_USER, Stopped, UserError
 
+from .explain_verb import joined
 from .verbs import EXIT_INTERRUPTED, add_verbs
 
 ABOUT = """\
@@ -102,7 +103,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     if not arguments:
         parser.print_help()
         raise SystemExit(EXIT_USER)
-    args, rest = parser.parse_known_args(arguments)
+    args, rest = parser.parse_known_args(joined(list(arguments)))
     for word in rest:
         # argparse stops taking overrides at the first option: `run CONFIG --dry-run seed=1` leaves seed=1 over.
         if "overrides" not in args or word.startswith("-") or "=" not in word:

@@ -8,9 +8,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from runtime.errors import EXIT_DONE, EXIT_FAILED, UserError
+from runtime.errors import EXIT_DONE, UserError
 
+from .explain_verb import add_explain
 from .index_verbs import add_index
+from .shard_verbs import add_shards
 
 if TYPE_CHECKING:
     from runtime.signals import StopRequest
@@ -51,6 +53,7 @@ def add_verbs(verbs: Any) -> None:
     takes_config(verb)
     verb.add_argument("--stages", metavar="a,b", help="only these stages, in their order (all)")
     verb.add_argument("--share", metavar="I/N", help="with one stage: do every N-th of its units, from the I-th (all)")
+    add_explain(verbs, add)
 
     verb = add(
         verbs,
@@ -91,7 +94,7 @@ def add_verbs(verbs: Any) -> None:
     verb = add(verbs, "report", report, "write report.html of a run folder", "troodon report runs/quickstart")
     verb.add_argument("run", metavar="RUN", help="folder of a run, of a curation or of a training")
 
-    add_shards(verbs)
+    add_shards(verbs, add)
     add_index(verbs, add)
 
     verb = add(
@@ -155,27 +158,6 @@ def add_evaluate(verbs: Any) -> None:
         verb.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
         verb.add_argument("--workers", type=int, default=2, help="processes that decode (2)")
         verb.add_argument("--seed", type=int, default=0, help="of the interval, of what is drawn, of fresh weights (0)")
-
-
-def add_shards(verbs: Any) -> None:
-    group = add(verbs, "shards", None, "look into WebDataset tars, ours or anyone's", "troodon shards inspect --help")
-    kinds = group.add_subparsers(dest="kind", metavar="KIND", required=True)
-    verb = add(
-        kinds,
-        "inspect",
-        inspect_shards,
-        "count samples, formats and sizes of shards",
-        "troodon shards inspect runs/mine/curate/shards",
-    )
-    verb.add_argument("paths", nargs="+", metavar="PATH", help="folder of shards, or tars")
-    verb = add(
-        kinds,
-        "verify",
-        verify_shards,
-        "check shards against their manifest and index",
-        "troodon shards verify runs/mine/curate/shards",
-    )
-    verb.add_argument("folder", metavar="PATH", help="folder of shards with manifest.json")
 
 
 def add(
@@ -361,26 +343,6 @@ def report(args: argparse.Namespace, _: StopRequest) -> int:
 
     print(write_report(Path(args.run)))
     return EXIT_DONE
-
-
-def inspect_shards(args: argparse.Namespace, _: StopRequest) -> int:
-    import json
-
-    from curation.shards import inspect_shards
-
-    print(json.dumps(inspect_shards(args.paths), indent=1))
-    return EXIT_DONE
-
-
-def verify_shards(args: argparse.Namespace, _: StopRequest) -> int:
-    from curation.shards import verify_shards
-    from runtime.progress import say
-
-    problems = verify_shards(Path(args.folder))
-    for problem in problems:
-        print(problem)
-    say(f"{len(problems)} problems" if problems else "all as its manifest says")
-    return EXIT_FAILED if problems else EXIT_DONE
 
 
 def launch(args: argparse.Namespace, stop: StopRequest) -> int:
