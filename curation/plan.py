@@ -30,6 +30,7 @@ from .pixels import PixelUnit, load_pixels
 from .planner import plan_join
 from .retrieve import selects
 from .scoring import UNIT
+from .selection import memory_bytes
 from .threads import torch_threads
 from .verify import verify_pairs
 
@@ -171,8 +172,8 @@ def plan_stages(config: CurateConfig, table: pa.Table, rates: Measured) -> list[
             "retrieve",
             1,
             pool,
-            rows + 4 * dims * BATCH * 1024,
-            f"{held} + blocks of vectors",
+            rows + memory_bytes(config, pool, dims),
+            f"{held} + k-means training vectors + blocks of vectors",
             before.seconds("retrieve"),
             0,
         )

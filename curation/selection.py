@@ -18,8 +18,8 @@ from runtime.progress import say
 from runtime.seeding import generator
 from runtime.world import choose_device
 
-from .clusters import assign, kmeans, most_cells, ranks, retrieve_cells
-from .config import CurateConfig
+from .clusters import BLOCK, MOST_POINTS, assign, kmeans, most_cells, ranks, retrieve_cells
+from .config import CurateConfig, active_methods
 from .embed import Embedded
 from .hierarchy import balanced_sample, hierarchical_kmeans, levels_for
 from .join import knn_pairs
@@ -45,6 +45,18 @@ class Found:
     counts: dict[str, Any]
     neighbours: pa.Table | None = None  # SELECTION, every sample-based retrieval
     clusters: dict[str, np.ndarray] = field(default_factory=dict)  # columns [N] of clusters.parquet
+
+
+def memory_bytes(config: CurateConfig, num_images: int, dim: int) -> int:
+    """Bytes that the methods need at most beside the table of images, one after the other.
+
+    k-means holds its training vectors as stored and in float32, and the centroids twice; searches hold one block.
+    """
+    options, methods = config.retrieval, active_methods(config)
+    cells = [min(options.cluster.cells, most_cells(num_images))] if "cluster" in methods else []
+    cells += [(options.hierarchical.levels or levels_for(num_images))[0]] if "hierarchical" in methods else []
+    training = [6 * dim * min(num_images, MOST_POINTS * k) + 8 * dim * k for k in cells]
+    return max(training, default=0) + 6 * dim * BLOCK + 40 * num_images
 
 
 def selection_table(images: np.ndarray, method: str, **columns: Any) -> pa.Table:

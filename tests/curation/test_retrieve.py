@@ -23,6 +23,7 @@ from curation.manifest import read_manifest
 from curation.retrieve import check_retrieval, retrieve_stage
 from curation.rows import Rows
 from curation.run import curate
+from curation.selection import memory_bytes
 from curation.shards import verify_shards
 from curation.stage import Stage
 from curation.unit_vectors import UnitVectors
@@ -226,6 +227,15 @@ def test_the_order_of_rows_and_the_threads_decide_nothing(world, tmp_path):
 
 
 ROW_ARRAYS = ("role", "good", "ids", "area", "num_bytes", "phash")
+
+
+def test_memory_grows_with_the_cells_until_every_image_is_trained_on():
+    config = CurateConfig(seeds=SeedsConfig(("seeds",)), retrieval=RetrievalConfig(methods=("cluster",)))
+    few = replace(config, retrieval=replace(config.retrieval, cluster=ClusterConfig(cells=10)))
+    plain = replace(config, retrieval=RetrievalConfig())
+    sizes = [memory_bytes(of, 10_000_000, 384) for of in (plain, few, config)]
+    assert sizes == sorted(sizes)
+    assert sizes[2] - sizes[0] == 6 * 384 * 10_000_000 + 8 * 384 * 100_000
 
 
 @pytest.mark.parametrize(
