@@ -121,7 +121,7 @@ def follow_chain(queued: Sequence[Queued], *, stop: StopRequest, every: float = 
             for job in queued:
                 states = task_states(job, active)
                 line = f"{job.link.title} ({job.job_id}): {_count(states)}"
-                if shown.get(job.job_id) != line and set(states) != {"waiting"}:
+                if shown.get(job.job_id) != line and not set(states) <= {"waiting", "not run"}:
                     say(line)
                 shown[job.job_id] = line
             if not active:
@@ -190,7 +190,7 @@ def breakage(link: Link, task: int, state: State, log: Path, later: Sequence[Lin
     words = {
         "failed": "failed",
         "stopped": "was asked to stop (a time limit, or a person)",
-        "killed": "was killed: out of memory or time?",
+        "killed": "was killed (out of memory, time or node?)",
     }
     lines = log.read_text(errors="replace").strip().splitlines() if log.is_file() else []
     said = [line for line in lines if line.startswith("troodon: ")] or lines
