@@ -74,6 +74,16 @@ def add_verbs(verbs: Any) -> None:
         needs_torch=True,
     )
     takes_config(verb)
+    verb = add(
+        verbs,
+        "train-copy",
+        train_copy,
+        "train a copy-detection network on images; goes on by itself where its output folder stands",
+        "troodon train-copy copy source.paths=[/my/images] out=runs/copy\n"
+        "troodon curate default source.paths=[/my/images] embed.copy.model=export:runs/copy/model out=runs/curated",
+        needs_torch=True,
+    )
+    takes_config(verb)
 
     add_evaluate(verbs)
 
@@ -199,6 +209,10 @@ def schema(verb: str) -> type:
         from distill.config import DistillConfig
 
         return DistillConfig
+    if verb == "train-copy":
+        from curation.copydetect.config import CopyTrainConfig
+
+        return CopyTrainConfig
     from .pipeline import CurateRunConfig, RunConfig
 
     return {"curate": CurateRunConfig, "run": RunConfig}[verb]
@@ -282,6 +296,16 @@ def distill(args: argparse.Namespace, stop: StopRequest) -> int:
     if first_process():
         print("".join(f"{name} {folder}\n" for name, folder in folders.items()), end="", flush=True)
         write_page(config.out)
+    return EXIT_DONE
+
+
+def train_copy(args: argparse.Namespace, stop: StopRequest) -> int:
+    from curation.copydetect.train import describe, train_copy
+
+    config = load_config("train-copy", args)
+    if args.dry_run:
+        return show_plan(config, [describe(config)])
+    print(train_copy(config, stop=stop), flush=True)
     return EXIT_DONE
 
 

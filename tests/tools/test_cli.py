@@ -21,6 +21,7 @@ VERBS = (
     "curate",
     "pretrain",
     "distill",
+    "train-copy",
     "evaluate",
     "export",
     "report",
