@@ -78,6 +78,8 @@ def test_the_wheel_holds_every_room_and_no_test(wheel):
     assert {"runtime", "imaging", "curation", "pretrain", "distill", "evaluation", "tools", "configs"} <= rooms
     for file in (path for room in rooms for path in (ROOT / room).rglob("*.py")):
         assert file.relative_to(ROOT).as_posix() in names
+    weights = "curation/copydetect/weights/"
+    assert {weights + name for name in ("model.safetensors", "card.json", "README.md")} <= set(names)
     assert not [name for name in names if name.startswith(("tests/", "benchmarks/"))]
     metadata = [name for name in names if ".dist-info/licenses/" in name]
     assert {Path(name).name for name in metadata} >= {"LICENSE", "ATTRIBUTION.csv", "LICENSES.txt"}
