@@ -63,11 +63,12 @@ def train_cells(vectors: UnitVectors, num_cells: int, *, seed: int) -> np.ndarra
 def visit_cells(vectors: UnitVectors, centroids: np.ndarray, num_probes: int, *, device: torch.device) -> np.ndarray:
     """The nearest cells of each vector, nearest first, to the filter's precision; int32 [N, P]."""
     blocks = blocks_for(device)
-    cells = Block.load(UnitVectors((centroids,)), slice(None), device).rough
+    cells = Block.load(UnitVectors((centroids,)), slice(None), device).rough[: len(centroids)]
     result = np.empty((len(vectors), num_probes), dtype=np.int32)
     for start in range(0, len(vectors), blocks.tile):
         block = Block.load(vectors, slice(start, start + blocks.tile), device)
-        result[start : start + blocks.tile] = (block.rough @ cells.T).topk(num_probes).indices.int().cpu().numpy()
+        nearest = (block.rough @ cells.T).topk(num_probes).indices[: len(block.exact)]
+        result[start : start + blocks.tile] = nearest.int().cpu().numpy()
     return result
 
 

@@ -20,7 +20,7 @@ from .threshold import blocks_for
 Method = Literal["exact", "knn", "ivf", "ivf_pq"]
 EXPECTED_PROBES = 8  # the index stage then takes as few as give RECALL on its sample
 MOST_PROBES = 16
-RECALL = 0.998  # of sampled pairs above the threshold that must meet in a cell
+RECALL = 0.999  # of sampled pairs above the threshold that must meet in a cell
 IMBALANCE = 2.0  # how much more a cell join costs than with cells of one size: long-tailed cells are visited more
 UNIT_SECONDS = 5  # of a work unit, about
 MOST_UNITS = 4096

@@ -20,6 +20,7 @@ from torch import Tensor
 from .unit_vectors import UnitVectors, as_vectors
 
 HALF, BFLOAT = 2.0**-11, 2.0**-8  # relative error of rounding to float16, to bfloat16
+PAD = 256  # rows of a block come in multiples of this: oneDNN prepares, and keeps, a kernel for every shape
 RECHECK = 256  # pairs whose cosines are computed at a time on CPU: their vectors stay in cache
 
 
@@ -111,12 +112,14 @@ class Block:
     """Vectors on the device of a join."""
 
     exact: Tensor  # float32 [n, D], the stored values
-    rough: Tensor  # bfloat16 or float32 [n, D]
+    rough: Tensor  # bfloat16 or float32 [n rounded up to a multiple of PAD, D]; the rows from n on are zero
 
     @staticmethod
     def load(vectors: UnitVectors, index: slice | np.ndarray, device: torch.device) -> "Block":
         exact = torch.from_numpy(vectors.stored(index)).to(device).float()
-        return Block(exact, exact.to(filter_dtype(device)))
+        rough = exact.new_zeros((-(-len(exact) // PAD) * PAD, exact.shape[1]), dtype=filter_dtype(device))
+        rough[: len(exact)] = exact
+        return Block(exact, rough)
 
 
 def pairs_of_blocks(
@@ -128,12 +131,15 @@ def pairs_of_blocks(
     """
     found = [torch.empty((0, 2), dtype=torch.int64, device=left.exact.device)]
     for start in range(0, len(left.rough), tile):
-        skip = 0 if above is None else max(0, start + above + 1)  # no column before is above the diagonal
+        skip = 0 if above is None else max(0, start + above + 1) // PAD * PAD  # columns all below the diagonal
         if skip >= len(right.rough):
             break
         near = _passing(left.rough[start : start + tile], right.rough[skip:], threshold - margin(left.exact.shape[1]))
         near += torch.tensor([start, skip], device=near.device)
-        found.append(near if above is None else near[near[:, 0] + above < near[:, 1]])
+        wanted = (near[:, 0] < len(left.exact)) & (near[:, 1] < len(right.exact))
+        if above is not None:
+            wanted &= near[:, 0] + above < near[:, 1]
+        found.append(near[wanted])
     i, j = torch.cat(found).T
     cosine = _cosines(left.exact, right.exact, i, j)
     close = cosine >= torch.tensor(threshold, dtype=torch.float32)
@@ -145,8 +151,8 @@ def count_pairs(queries: UnitVectors, base: UnitVectors, *, threshold: float, de
     blocks, total = blocks_for(device), 0
     for _, left in _blocks(queries, 0, len(queries), blocks.left, device):
         for _, right in _blocks(base, 0, len(base), blocks.right, device):
-            for rows in left.rough.split(blocks.tile):
-                product, cut = _comparable(_products(rows, right.rough), threshold)
+            for rows in left.rough[: len(left.exact)].split(blocks.tile):
+                product, cut = _comparable(_products(rows, right.rough[: len(right.exact)]), threshold)
                 total += int((product >= cut).sum())
     return total
 
