@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from html import escape
 
 WIDTH, HEIGHT = 320, 160  # view box; the page scales it
@@ -31,6 +32,55 @@ def line_chart(steps: Sequence[float], values: Sequence[float], *, title: str) -
     return (
         f'<svg class="chart" viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(title)}">'
         f'{grid}{ends}<polyline class="curve" points="{path}"/>{dot}</svg>'
+    )
+
+
+@dataclass(frozen=True)
+class Curve:
+    """Points (threshold, value) of one curve, thresholds ascending."""
+
+    name: str
+    points: Sequence[tuple[float, float]]
+    dashed: bool = False
+
+
+def threshold_chart(curves: Sequence[Curve], *, mark: float | None, title: str) -> str:
+    """Curves over a threshold, with an upright line at `mark` and the first curve's value.
+
+    The value beside the line is that of the first curve at its first point at or above `mark`.
+    """
+    points = [point for curve in curves for point in curve.points]
+    if not points:
+        return ""
+    xs, ys = [x for x, _ in points], [y for _, y in points]
+    ticks = nice_ticks(min(ys), max(ys))
+    left = max(LEFT, 8 + 6 * len(number(ticks[-1])))
+    across = _scale(min(xs), max(xs), left, WIDTH - RIGHT)
+    up = _scale(ticks[0], ticks[-1], HEIGHT - BOTTOM, TOP)
+    parts = [
+        f'<line class="grid" x1="{left}" x2="{WIDTH - RIGHT}" y1="{up(tick):.1f}" y2="{up(tick):.1f}"/>'
+        f'<text x="{left - 6}" y="{up(tick) + 4:.1f}" text-anchor="end">{number(tick)}</text>'
+        for tick in ticks
+    ]
+    middle = (min(xs) + max(xs)) / 2
+    for x, anchor in ((min(xs), "start"), (middle, "middle"), (max(xs), "end")):
+        parts.append(f'<text x="{across(x):.1f}" y="{HEIGHT - 5}" text-anchor="{anchor}">{x:.2f}</text>')
+    for curve in curves:
+        path = " ".join(f"{across(x):.1f},{up(y):.1f}" for x, y in curve.points)
+        style = "curve dashed" if curve.dashed else "curve"
+        parts.append(f'<polyline class="{style}" points="{path}"><title>{escape(curve.name)}</title></polyline>')
+    if mark is not None and min(xs) <= mark <= max(xs):
+        value = next(y for x, y in curves[0].points if x >= mark - 1e-9)
+        x, anchor = across(mark), "end" if mark > middle else "start"
+        parts.append(
+            f'<line class="mark" x1="{x:.1f}" x2="{x:.1f}" y1="{TOP}" y2="{HEIGHT - BOTTOM}"/>'
+            f'<circle class="curve-end" cx="{x:.1f}" cy="{up(value):.1f}" r="3.5"/>'
+            f'<text class="marked" x="{x + (-5 if anchor == "end" else 5):.1f}" y="{HEIGHT - BOTTOM - 6}" '
+            f'text-anchor="{anchor}">{mark:g}: {number(value)} left</text>'
+        )
+    return (
+        f'<svg class="chart" viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(title)}">'
+        f"{''.join(parts)}</svg>"
     )
 
 

@@ -14,10 +14,14 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from runtime.files import human_bytes
+
+from .curation_facts import Facts, read_facts
 from .thumbnails import Album, Picture
 
 # How much of each gallery a page shows.
 GROUPS, GROUP_SIZE, PAIRS, SEED_SETS, SEEDS, NEIGHBOURS, EXAMPLES = 10, 8, 16, 12, 2, 8, 3
+CLUSTERS, CLUSTER_END, HEAD = 8, 4, 24  # images of a cluster from each end; bytes shown of a rejected file
 
 # Fates in the order in which they are decided: what a person calls the images left after it, and those that it took.
 FATES = {
@@ -62,10 +66,19 @@ class Step:
 
 
 @dataclass(frozen=True)
+class Example:
+    """A rejected file: its name, its size and how it begins; sizes are empty where it is not there any more."""
+
+    name: str
+    size: str
+    head: str
+
+
+@dataclass(frozen=True)
 class Reject:
     reason: str
     count: int
-    examples: str
+    examples: list[Example]
 
 
 @dataclass(frozen=True)
@@ -78,6 +91,7 @@ class Curation:
     funnel: list[Step]
     galleries: list[Gallery]
     rejects: list[Reject]
+    facts: Facts
 
 
 def read_curation(folder: Path) -> Curation:
@@ -91,7 +105,9 @@ def read_curation(folder: Path) -> Curation:
         duplicate_groups(manifest, album),
         *near_misses(stages / "dedup" / "edges.parquet", places, album),
         leaks(manifest, stages / "guard" / "leaks.parquet", places, album),
+        *near_leaks(stages / "guard" / "edges.parquet", places, album),
         *neighbours(stages / "retrieve" / "neighbours.parquet", places, album),
+        *clusters(stages / "retrieve", places, album),
     ]
     return Curation(
         came=len(manifest),
@@ -99,7 +115,8 @@ def read_curation(folder: Path) -> Curation:
         left_out={called: fates.get(fate, 0) for fate, (_, called) in FATES.items()},
         funnel=funnel(manifest),
         galleries=[gallery for gallery in galleries if gallery.sets],
-        rejects=rejects(manifest),
+        rejects=rejects(manifest, album),
+        facts=read_facts(folder, manifest),
     )
 
 
@@ -167,22 +184,7 @@ def duplicate_groups(manifest: pa.Table, album: Album) -> Gallery:
 
 def near_misses(path: Path, places: Places, album: Album) -> list[Gallery]:
     """Pairs just above and just below the line between copy and look-alike."""
-    if not places or not path.is_file():
-        return []
-    edges = pq.read_table(path)
-    score, cosine = (edges[name].to_numpy(zero_copy_only=False) for name in ("score", "cosine"))  # null becomes NaN
-    edges = edges.append_column("worth", pa.array(np.where(np.isnan(score), cosine, score)))
-    sets = []
-    for accepted, verdict, mark, order in (
-        (True, "copies", "drop", "ascending"),
-        (False, "kept apart", "", "descending"),
-    ):
-        chosen = edges.filter(pc.field("accepted") == accepted)
-        chosen = chosen.sort_by([("worth", order), ("row_a", "ascending"), ("row_b", "ascending")])
-        for edge in chosen.slice(0, PAIRS // 2).to_pylist():
-            pictures = [album.picture(*places[edge[name]], "") for name in ("row_a", "row_b")]
-            agreement = "" if edge["score"] is None else f" · agreement {edge['score']:.3f}"
-            sets.append(PictureSet(f"{verdict} · cosine {edge['cosine']:.3f}{agreement}", pictures, mark))
+    sets = close_calls(path, places, album, names=("copies", "kept apart"), mark="drop", number=PAIRS)
     why = (
         "The least sure decisions: pairs that just counted as copies, then pairs that were just kept apart. Agreement "
         "is that of the two pictures laid on each other, 0 to 1. If they look wrong, move dedup.verify_threshold (or "
@@ -191,16 +193,46 @@ def near_misses(path: Path, places: Places, album: Album) -> list[Gallery]:
     return [Gallery("threshold", "Threshold", "Close calls", why, sets, "")]
 
 
+def near_leaks(path: Path, places: Places, album: Album) -> list[Gallery]:
+    """The same of the guard: evaluation image left, pool image right."""
+    sets = close_calls(path, places, album, names=("leak", "no leak"), mark="leak", number=PAIRS // 2)
+    why = (
+        "Left an evaluation image, right a pool image: pairs that just counted as copies, then pairs that just did "
+        "not. guard.verify_threshold moves the line (guard.threshold, where pictures are not compared)."
+    )
+    return [Gallery("guard-threshold", "Guard", "Close calls of the guard", why, sets, "")]
+
+
+def close_calls(
+    path: Path, places: Places, album: Album, *, names: tuple[str, str], mark: str, number: int
+) -> list[PictureSet]:
+    """The weakest accepted pairs and the strongest others of a table of judged pairs; `names` and `mark` label them."""
+    if not places or not path.is_file():
+        return []
+    edges = pq.read_table(path)
+    score, cosine = (edges[name].to_numpy(zero_copy_only=False) for name in ("score", "cosine"))  # null becomes NaN
+    edges = edges.append_column("worth", pa.array(np.where(np.isnan(score), cosine, score)))
+    sets = []
+    for accepted, verdict, style, order in ((True, names[0], mark, "ascending"), (False, names[1], "", "descending")):
+        chosen = edges.filter(pc.field("accepted") == accepted)
+        chosen = chosen.sort_by([("worth", order), ("row_a", "ascending"), ("row_b", "ascending")])
+        for edge in chosen.slice(0, number // 2).to_pylist():
+            pictures = [album.picture(*places[edge[name]], "") for name in ("row_a", "row_b")]
+            agreement = "" if edge["score"] is None else f" · agreement {edge['score']:.3f}"
+            sets.append(PictureSet(f"{verdict} · cosine {edge['cosine']:.3f}{agreement}", pictures, style))
+    return sets
+
+
 def leaks(manifest: pa.Table, path: Path, places: Places, album: Album) -> Gallery:
     """Pool images that were taken out because an evaluation set holds them, each beside its witness.
 
-    `path`: the guard stage's own table, which says which member of a tar a witness is.
+    `path`: the guard stage's own table, which says which image of a tar or parquet file a witness is.
     """
     found = manifest.filter(pc.field("fate") == "leak")
     found = found.sort_by([("cosine", "descending"), ("source", "ascending"), ("key", "ascending")])
     shown = found.take(spread(range(len(found)), PAIRS)).to_pylist() if len(found) else []
-    in_tars = any(row["witness_source"].endswith(".tar") for row in shown)
-    members = _witnesses(path, places) if in_tars else {}
+    several = any(row["witness_source"].endswith((".tar", ".parquet")) for row in shown)  # images in one file
+    members = _witnesses(path, places) if several else {}
     sets = []
     for row in shown:
         source, key = row["source"], row["key"]
@@ -238,22 +270,66 @@ def neighbours(path: Path, places: Places, album: Album) -> list[Gallery]:
         for seed in spread(sorted(count(retrieved["seed_row"])), SEEDS):
             nearest = retrieved.filter(pc.field("seed_row") == seed).sort_by("rank").slice(0, NEIGHBOURS)
             pictures = [album.picture(*places[seed], "seed", mark="kept")]
-            pictures += [album.picture(*places[row["row"]], f"{row['cosine']:.3f}") for row in nearest.to_pylist()]
+            pictures += [
+                album.picture(*places[row["row"]], f"{row['rank'] + 1}. {row['cosine']:.3f}")
+                for row in nearest.to_pylist()
+            ]
             sets.append(PictureSet(name, pictures))
-    why = "Framed a seed, beside it the pool images that are nearest to it for the embedder, with their cosine."
+    why = "Framed a seed, beside it the pool images that are nearest to it for the embedder, with place and cosine."
     rest = f"Up to {SEEDS} seeds of a set are shown"
     rest += f", and {SEED_SETS} of {len(names)} sets." if len(names) > SEED_SETS else "."
     return [Gallery("neighbours", "Neighbours", "What the seeds brought", why, sets, rest)]
 
 
-def rejects(manifest: pa.Table) -> list[Reject]:
-    """Rejected files by reason, the commonest first, with a few names."""
+def clusters(folder: Path, places: Places, album: Album) -> list[Gallery]:
+    """Clusters of all sizes: the images nearest to the middle of each, and those farthest from it."""
+    path = folder / "clusters.parquet"
+    if not places or not path.is_file():
+        return []
+    table = pq.read_table(path, columns=["row", "cluster_id", "cosine"])
+    selected = pq.read_table(folder / "selection.parquet", columns=["row"])["row"]
+    table = table.append_column("selected", pa.array(np.isin(table["row"].to_numpy(), selected.to_numpy())))
+    sizes = count(table["cluster_id"])
+    sets = []
+    for name in spread(list(sizes), CLUSTERS):
+        members = table.filter(pc.field("cluster_id") == name).sort_by([("cosine", "descending"), ("row", "ascending")])
+        ends = members.to_pylist() if len(members) <= 2 * CLUSTER_END else _ends(members)
+        pictures = [
+            album.picture(*places[row["row"]], f"{row['cosine']:.3f}", mark="kept" if row["selected"] else "")
+            for row in ends
+        ]
+        taken = int(members["selected"].to_numpy().sum())
+        sets.append(PictureSet(f"cluster {name}: {len(members)} images, {taken} selected", pictures))
+    why = (
+        f"Of each cluster the {CLUSTER_END} images nearest to its middle and the {CLUSTER_END} farthest from it, with "
+        f"their cosine to it; framed what was selected. Clusters that mix everything speak against the embedder."
+    )
+    rest = f"{len(sets)} of {len(sizes)} clusters, from the largest to the smallest." if len(sizes) > CLUSTERS else ""
+    return [Gallery("clusters", "Clusters", "Clusters of what is left", why, sets, rest)]
+
+
+def _ends(members: pa.Table) -> list[Row]:
+    return members.slice(0, CLUSTER_END).to_pylist() + members.slice(len(members) - CLUSTER_END).to_pylist()
+
+
+def rejects(manifest: pa.Table, album: Album) -> list[Reject]:
+    """Rejected files by reason, the commonest first, with a few of them."""
     gone = manifest.filter(pc.field("fate") == "rejected")
     found = []
     for reason, number in count(gone["reason"]).items():
         rows = gone.filter(pc.field("reason") == reason).slice(0, EXAMPLES).to_pylist()
-        found.append(Reject(reason, number, ", ".join(_name(row) for row in rows)))
+        found.append(Reject(reason, number, [_example(row, album) for row in rows]))
     return found
+
+
+def _example(row: Row, album: Album) -> Example:
+    data = album.read(row["source"], row["key"])
+    if data is None:
+        return Example(_name(row), "", "")
+    head = data[:HEAD].decode("ascii", errors="replace")
+    readable = sum(character.isprintable() and character != "\ufffd" for character in head) > 0.8 * len(head)
+    text = "".join(c if c.isprintable() else " " for c in head) if readable else data[: HEAD // 3].hex(" ")
+    return Example(_name(row), human_bytes(len(data)), text)
 
 
 def spread(items: Sequence[Item], number: int) -> list[Item]:
@@ -266,7 +342,7 @@ def spread(items: Sequence[Item], number: int) -> list[Item]:
 def _name(row: Row) -> str:
     """A short name for a person: the file, or the member with its tar."""
     source = Path(row["source"]).name
-    return f"{source}/{row['key']}" if source.endswith(".tar") else source
+    return f"{source}/{row['key']}" if source.endswith((".tar", ".parquet")) else source
 
 
 def _cosine(row: Row) -> float:

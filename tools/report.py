@@ -18,6 +18,7 @@ from runtime.metrics import read_metrics
 from runtime.progress import clock
 
 from .charts import interval, line_chart, number
+from .curation_facts import Facts
 from .galleries import Curation, Gallery, Reject, Step, read_curation
 from .thumbnails import file_uri
 
@@ -141,6 +142,7 @@ class Page:
     patches: Patches | None
     labelfree: LabelfreeTable | None
     funnel: list[Step]
+    facts: Facts | None
     galleries: list[Gallery]
     rejects: list[Reject]
     trainings: list[Training]
@@ -204,6 +206,7 @@ def build_page(folders: Folders) -> Page:
         patches=patches,
         labelfree=labelfree,
         funnel=curation.funnel if curation else [],
+        facts=curation.facts if curation else None,
         galleries=curation.galleries if curation else [],
         rejects=curation.rejects if curation else [],
         trainings=trainings,
@@ -240,7 +243,11 @@ def contents(
     listed = [("knn", "k-NN", knn), ("patches", "Patches", patches), ("labelfree", "Label-free", labelfree)]
     found = [(anchor, name) for anchor, name, section in listed if section]
     if curation:
-        found += [("funnel", "Funnel"), *((gallery.anchor, gallery.short) for gallery in curation.galleries)]
+        facts = curation.facts
+        named = [("search", "Search", facts.search), ("survivors", "Survivors", facts.survivors)]
+        found += [("funnel", "Funnel"), *((anchor, name) for anchor, name, section in named if section)]
+        found += [(gallery.anchor, gallery.short) for gallery in curation.galleries]
+        found += [("retrieval", "Retrieval")] if facts.retrieval else []
         found += [("rejects", "Rejects")] if curation.rejects else []
     found += [(training.anchor, training.title.removesuffix(" embedder")) for training in trainings]
     return [*found, ("next", "What next"), ("config", "Config")]

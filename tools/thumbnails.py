@@ -7,6 +7,7 @@ from pathlib import Path
 
 from PIL import Image
 
+from curation.items import read_bytes
 from imaging.decode import IMAGE_EXTENSIONS, Rejected, decode
 from runtime.files import locate
 from runtime.tars import Member, scan_tar
@@ -27,7 +28,7 @@ class Picture:
 
 
 class Album:
-    """Reads images by the `source` and `key` of a manifest row: a file, or a member of a tar."""
+    """Reads images by the `source` and `key` of a manifest row: a file, a member of a tar, a row of a parquet file."""
 
     def __init__(self) -> None:
         self.members: dict[str, dict[str, Member]] = {}
@@ -45,6 +46,11 @@ class Album:
         path = locate(source)
         if not path.is_file():
             return None
+        if path.suffix == ".parquet":
+            try:
+                return read_bytes(source, int(key), 0)
+            except OSError:
+                return None  # the row is not there any more
         if path.suffix != ".tar":
             return path.read_bytes()
         if source not in self.members:

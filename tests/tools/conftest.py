@@ -13,7 +13,39 @@ from runtime.files import locate, write_json, write_table, write_text
 from runtime.tars import scan_tar
 
 COLUMNS = ("item_id", "source", "key", "fate", "reason", "witness_id", "witness_source", "cosine", "group_id",
-           "seed_set", "rank", "cluster_id", "shard", "width", "height")  # fmt: skip
+           "seed_set", "rank", "cluster_id", "shard", "width", "height", "source_name")  # fmt: skip
+SUMMARY = {
+    "config_hash": "0123456789abcdef",
+    "pair_recall": {"search": "exact: every pair", "means": "the share that the search finds", "sampled_images": 500,
+                    "pairs": 400, "found": 399, "recall": 0.9975, "interval_95": [0.986, 0.9996]},
+    "thresholds": {"dedup": {"threshold": 0.6, "verify": True, "verify_threshold": 0.74, "groups": "components"}},
+    "stages": {
+        "dedup": {
+            "in": 600, "out": 500, "candidate_pairs": 900, "edges": 120, "largest_group": 7,
+            "groups": {
+                "components": {"out": 500, "removed": 110, "unsupported": 11, "share": 0.1,
+                               "without_edge_to_any_kept": 9},
+                "leader": {"out": 505, "removed": 105, "unsupported": 0, "share": 0.0, "without_edge_to_any_kept": 0},
+            },
+            "survivors": {
+                axis: {"components": [[0.4 + i / 100, 400 + 3 * i] for i in range(61)],
+                       "leader": [[0.4 + i / 20, 450 + 10 * i] for i in range(13)]}
+                for axis in ("cosine", "score")
+            },
+        },
+        "retrieve": {
+            "seeds": 6,
+            "methods": {
+                "sample": {"by_k": [{"k": 1, "retrieved": 6, "unique": 5, "collisions": 1}]},
+                "cluster": {"cells": 9, "sets": [
+                    {"seed_set": "daisy", "seeds": 3, "cells": 1, "retrieved": 40, "taken": 40}]},
+                "hierarchical": {"unique": 77, "levels": [
+                    {"clusters": 12, "largest": 90, "median": 30.5, "drawn_from_one_at_most": 15}]},
+            },
+            "mixture": [{"source": "daisies", "weight": 2.0, "available": 50, "drawn": 40}],
+        },
+    },
+}  # fmt: skip
 
 
 def truth(name: str) -> list[dict[str, str]]:
@@ -28,7 +60,7 @@ def manifest_rows() -> list[dict]:
             if member.extension == "jpg":
                 rows[member.key] = dict.fromkeys(COLUMNS) | {
                     "item_id": f"{member.key:0>32}", "source": f"embedded:{tar}", "key": member.key, "fate": "kept",
-                    "width": 80, "height": 80, "shard": "train-000000.tar",
+                    "width": 80, "height": 80, "shard": "train-000000.tar", "source_name": "pool",
                 }  # fmt: skip
     for index, row in enumerate(rows.values()):
         if index % 5 == 0:
@@ -51,7 +83,7 @@ def manifest_rows() -> list[dict]:
     rejected = [
         dict.fromkeys(COLUMNS) | {
             "item_id": f"odd-{row['file']}", "source": f"embedded:corrupt/files/{row['file']}", "key": row["file"],
-            "fate": "rejected", "reason": row["reason"],
+            "fate": "rejected", "reason": row["reason"], "source_name": "files",
         }
         for row in odd
     ]  # fmt: skip
@@ -69,6 +101,14 @@ def make_stages(folder: Path, rows: list[dict]) -> None:
     edges = [(i, i + 1, 0.6 + i / 100, 0.5 + i / 50, i >= 10) for i in range(20)]
     names = ("row_a", "row_b", "cosine", "score", "accepted")
     write_table(folder / "dedup" / "edges.parquet", pa.table(dict(zip(names, zip(*edges, strict=True), strict=True))))
+    write_table(folder / "guard" / "edges.parquet", pa.table(dict(zip(names, zip(*edges, strict=True), strict=True))))
+    write_json(folder / "index" / "plan.json", {"pool": {"reasons": ["600 vectors", "exact: within 30.0 min"]}})
+    members = [(row, row % 10, 1 - row / 1000) for row in range(200)]
+    write_table(
+        folder / "retrieve" / "clusters.parquet",
+        pa.table(dict(zip(("row", "cluster_id", "cosine"), zip(*members, strict=True), strict=True))),
+    )
+    write_table(folder / "retrieve" / "selection.parquet", pa.table({"row": list(range(0, 200, 20))}))
     found = [
         (len(rows) + s, rank, 30 * s + rank, 0.9 - rank / 10, seeds[s].split("/")[1])
         for s in range(6)
@@ -104,7 +144,7 @@ def make_run(folder: Path, *, name: str = "example") -> Path:
     rows = manifest_rows()
     write_table(run / "curate" / "manifest.parquet", pa.table({c: [row[c] for row in rows] for c in COLUMNS}))
     make_stages(run / "curate" / "stages", rows)
-    write_json(run / "curate" / "summary.json", {"version": 1, "config_hash": "0123456789abcdef"})
+    write_json(run / "curate" / "summary.json", SUMMARY)
     write_text(run / "config.yaml", "out: runs/example\nseed: 0\ndedup:\n  threshold: 0.6\n")
     write_json(run / "times.json", {"curate": 61.2, "pretrain": 151.0, "distill": 40.4, "evaluate": 9.8})
     make_training(run / "pretrain", arch="vit_micro", steps=300)

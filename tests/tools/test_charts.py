@@ -3,7 +3,19 @@ import re
 
 import pytest
 
-from tools.charts import HEIGHT, LEFT, RIGHT, TOP, WIDTH, interval, line_chart, nice_ticks, number
+from tools.charts import (
+    HEIGHT,
+    LEFT,
+    RIGHT,
+    TOP,
+    WIDTH,
+    Curve,
+    interval,
+    line_chart,
+    nice_ticks,
+    number,
+    threshold_chart,
+)
 
 
 @pytest.mark.parametrize(
@@ -61,3 +73,16 @@ def test_interval_lies_where_its_numbers_say():
 )
 def test_numbers_read_well(value, text):
     assert number(value) == text
+
+
+def test_a_threshold_is_marked_where_it_lies_with_what_it_leaves():
+    curves = [Curve("components", [(0.5, 10), (0.6, 20), (0.7, 40)]), Curve("leader", [(0.5, 15), (0.7, 40)], True)]
+    svg = threshold_chart(curves, mark=0.65, title="left")
+    assert "0.65: 40 left" in svg  # between two points the upper one holds
+    at = float(re.search(r'class="mark" x1="([\d.]+)"', svg)[1])
+    first, *_, last = (float(p.split(",")[0]) for p in re.search(r'points="([^"]*)"', svg)[1].split())
+    assert at == pytest.approx(first + 0.75 * (last - first), abs=0.1)
+    assert svg.count("<polyline") == 2
+    assert svg.count("dashed") == 1
+    assert "mark" not in threshold_chart(curves, mark=0.9, title="left")
+    assert threshold_chart([], mark=0.5, title="none") == ""
