@@ -38,7 +38,7 @@ SAMPLE = 24  # images measured
 PAIRS = 64  # compared
 BATCH = 16  # images embedded at most
 ITEM = 2_000  # bytes of an item while sources are listed and while the tables of a stage are held
-PICTURE = 8  # bytes per pixel of a picture while it is decoded and converted
+PICTURE = 20  # bytes per pixel while a picture with transparency is decoded and put on white; measured
 WORKER = 150_000_000  # bytes of a worker process without torch
 SPECTRUM = 60_000_000  # bytes of one thread that compares pictures
 PAIR = 64  # bytes of a candidate pair while tables of them are joined
@@ -116,7 +116,7 @@ def plan_stages(config: CurateConfig, table: pa.Table, rates: Measured) -> list[
         units,
         num,
         workers * (WORKER + PICTURE * config.decode.max_pixels + part * THUMB * THUMB) + rows,
-        "workers x (process + decode.max_pixels x 8 B + source.part_size x 4 KB) + items x 2 KB",
+        "workers x (process + decode.max_pixels x 20 B + source.part_size x 4 KB) + items x 2 KB",
         (num / (rates.decode * busy), f"measured: {rates.decode:.0f} images/s per core"),
         num * (THUMB * THUMB + 200),
     )

@@ -224,6 +224,7 @@ class Driver:
         with stop_on_signals() as stop:
             for position, link in enumerate(self.links):
                 start = time.monotonic()
+                say(f"== {link.title}, logs {self.logs}/{link.name}-*.log")
                 statuses = self._run(link, stop)
                 bad = {task: status for task, status in statuses.items() if status}
                 if stop:
