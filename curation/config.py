@@ -117,6 +117,7 @@ class CurateConfig:
     seed: int = 0  # of the order of samples in the shards, of clusters and of everything that is drawn
     device: Literal["auto", "cpu", "cuda"] = "auto"  # of the embedding model and of pixel verification
     workers: int = 4  # processes that decode, verify and write; 0: this process
+    previous: str = ""  # output of an earlier finished run, whose decoding, vectors, pairs and scores are taken over
     source: SourceConfig = field(default_factory=SourceConfig)
     seeds: SeedsConfig = field(default_factory=SeedsConfig)
     guard: GuardConfig = field(default_factory=GuardConfig)
@@ -144,4 +145,4 @@ def active_methods(config: CurateConfig) -> tuple[str, ...]:
 
 def result_hash(config: CurateConfig) -> str:
     """Hash of everything in a config that decides the result."""
-    return config_hash(in_order(config))
+    return config_hash(in_order(config), ignore=("out", "workers", "device", "previous"))

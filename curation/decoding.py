@@ -7,6 +7,7 @@ kills its decoder is rejected after doing so twice.
 import os
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -23,6 +24,7 @@ from .config import CurateConfig, DecodeConfig
 from .hashes import content_id, perceptual_hashes, pixel_hash
 from .items import read_bytes
 from .pool import run_units
+from .previous import Decoded, previous_decoded
 from .stage import Share, Stage
 
 ENOUGH = 256  # pixels; large JPEGs are decoded at a reduced scale with at least this short side
@@ -53,6 +55,7 @@ class DecodeUnit:
     table: Path
     thumbs: Path
     config: DecodeConfig
+    previous: Decoded | None = None  # what an earlier run decoded
     deadly: tuple[int, ...] = ()  # rows that ended their process twice
 
     @property
@@ -66,9 +69,10 @@ def decode_stage(config: CurateConfig, items: Stage, stage: Stage, stop: StopReq
     stage.open(share)
     num_items = sum(items.report()["counts"][role] for role in ("pool", "seed", "guard"))
     require_space(stage.folder, num_items * (THUMB * THUMB + 200), what="decoding")
+    previous = previous_decoded(config, stage)
     units = share.of(
         [
-            DecodeUnit(part, stage.part(index), stage.part(index, "npy"), config.decode)
+            DecodeUnit(part, stage.part(index), stage.part(index, "npy"), config.decode, previous)
             for index, part in enumerate(sorted(items.folder.glob("part-*.parquet")))
         ]
     )
@@ -88,7 +92,7 @@ def decode_stage(config: CurateConfig, items: Stage, stage: Stage, stop: StopReq
         for _, count in run_units(decode_unit, waiting, workers=config.workers, stop=stop, on_death=on_death):
             progress.advance(count)
     if share.whole:
-        _finish(items, stage)
+        _finish(items, stage, previous)
 
 
 def decode_unit(unit: DecodeUnit) -> int:
@@ -102,20 +106,23 @@ def decode_unit(unit: DecodeUnit) -> int:
             if index in unit.deadly:
                 rows.append({"reason": "corrupt", "detail": "its decoder's process died, twice"})
             else:
-                rows.append(describe(place, unit.config, thumbs[index]))
+                rows.append(describe(place, unit.config, thumbs[index], unit.previous))
     write_array(unit.thumbs, thumbs)
     write_table(unit.table, pa.Table.from_pylist(rows, schema=SCHEMA))  # last: its presence says the part is done
     unit.journal.unlink()
     return len(rows)
 
 
-def describe(place: dict, config: DecodeConfig, thumb: np.ndarray) -> dict:
-    """One row of SCHEMA; fills `thumb` [THUMB, THUMB]."""
+def describe(place: dict, config: DecodeConfig, thumb: np.ndarray, previous: Decoded | None = None) -> dict:
+    """One row of SCHEMA; fills `thumb` [THUMB, THUMB]. Bytes that `previous` holds are not decoded again."""
     try:
         data = read_bytes(place["source"], place["offset"], place["length"])
     except OSError as error:
         return {"reason": "unreadable", "detail": str(error)}
     row = {"item_id": content_id(data)}
+    if previous is not None and (known := previous.look_up(row["item_id"])) is not None:
+        thumb[:] = known[1]
+        return known[0]
     try:
         image, header = decode(data, max_pixels=config.max_pixels, min_side=max(ENOUGH, config.min_side))
     except Rejected as error:
@@ -137,10 +144,10 @@ def describe(place: dict, config: DecodeConfig, thumb: np.ndarray) -> dict:
     return row | {"pixel_hash": pixel_hash(image), "phash": phash, "phash_mirrored": phash_mirrored}
 
 
-def _finish(items: Stage, stage: Stage) -> None:
+def _finish(items: Stage, stage: Stage, previous: Decoded | None) -> None:
     roles = np.array(items.table()["role"].to_pylist())
     reasons = np.array([reason or "" for reason in stage.table()["reason"].to_pylist()])
-    counts = {}
+    counts: dict[str, Any] = {}
     for role in ("pool", "seed", "guard"):
         found, numbers = np.unique(reasons[roles == role], return_counts=True)
         counts[role] = {str(word) or "good": int(number) for word, number in zip(found, numbers, strict=True)}
@@ -151,6 +158,9 @@ def _finish(items: Stage, stage: Stage) -> None:
         if role == "pool" and "good" not in counts[role]:
             detail = stage.table()["detail"].to_pylist()[int(np.flatnonzero(roles == role)[0])]
             raise UserError(f"source.paths: none of {sum(bad.values())} images can be used\n  the first: {detail}")
+    if previous is not None:
+        counts["taken_over"] = previous.count(stage.table()["item_id"].to_pylist())
+        say(f"decode: {counts['taken_over']} images taken over from the previous run")
     stage.finish(**counts)
 
 

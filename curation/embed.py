@@ -24,6 +24,7 @@ from .backbone import Embedder, load_embedder, model_identity
 from .config import CopyModelConfig, CurateConfig, RetrievalModelConfig, active_methods
 from .pixels import PixelUnit, load_pixels
 from .pool import run_units
+from .previous import KnownVectors, previous_vectors
 from .rows import Rows
 from .stage import Share, Stage
 from .threads import torch_threads
@@ -66,37 +67,65 @@ def embed_stage(
     for purpose, model in models.items():
         name = embedders(config)[purpose].model
         say(f"embed: {purpose} vectors by {name} at {model.size} px, {dims[purpose]} numbers each, on {device.type}")
+    taken: dict[Purpose, KnownVectors] = {
+        purpose: previous_vectors(config, rows.ids[chosen].tolist(), purpose, weights)
+        for purpose, weights in (identities(config).items() if config.previous else ())
+    }
+    known: dict[Purpose, np.ndarray] = {p: taken[p][0] if p in taken else np.zeros(len(chosen), bool) for p in models}
+    new = ~np.logical_and.reduce(list(known.values()))  # needs a model
     size = config.source.part_size
-    slices = [chosen[start : start + size] for start in range(0, len(chosen), size)]
-    own = share.of(range(len(slices)))
+    starts = range(0, len(chosen), size)
+    own = share.of(range(len(starts)))
     waiting = [part for part in own if not stage.part(part).is_file()]
-    units = [unit for part in waiting for unit in _units(config, rows, slices[part], part, sizes)]
+    at = {part: starts[part] + np.flatnonzero(new[starts[part] : starts[part] + size]) for part in waiting}
+    units = [unit for part in waiting for unit in _units(config, rows, chosen[at[part]], part, sizes)]
     open_parts: dict[int, dict[Purpose, np.ndarray]] = {}
-    left = {part: len(slices[part]) for part in waiting}  # images of a part still to come
-    total = sum(len(slices[part]) for part in own)
+    left = {part: len(at[part]) for part in waiting}  # images of a part still to come
+
+    def open_part(part: int) -> dict[Purpose, np.ndarray]:
+        """Vectors of a part, those taken over in their places."""
+        here = slice(starts[part], min(starts[part] + size, len(chosen)))
+        count = here.stop - here.start
+        arrays: dict[Purpose, np.ndarray] = {p: np.empty((count, dim), np.float16) for p, dim in dims.items()}
+        for purpose, (mask, read) in taken.items():
+            old = np.flatnonzero(mask[here])
+            if len(old):
+                arrays[purpose][old] = read(old + here.start)
+        return arrays
+
+    def close_part(part: int, arrays: dict[Purpose, np.ndarray]) -> None:
+        for purpose, vectors in arrays.items():
+            write_array(_part(stage, part, purpose), vectors)
+        rows_of_part = chosen[starts[part] : starts[part] + size]
+        write_table(stage.part(part), pa.table({"row": rows_of_part}))  # last: the part is done
+
+    for part in waiting:
+        if not left[part]:
+            close_part(part, open_part(part))
+    total = sum(int(new[starts[part] : starts[part] + size].sum()) for part in own)
     compute = max(1, cores() // 2)  # the others decode; whatever the workers, so that sums are rounded alike
     progress = Progress("embed", total=total, unit="images", done=total - sum(left.values()))
     with torch_threads(compute), progress:
         for unit, pixels in run_units(load_pixels, units, workers=config.workers, stop=stop):
-            count = len(slices[unit.part])
             if unit.part not in open_parts:
-                open_parts[unit.part] = {p: np.empty((count, dim), dtype=np.float16) for p, dim in dims.items()}
-            part = open_parts[unit.part]
-            end = unit.start + len(unit.ids)
+                open_parts[unit.part] = open_part(unit.part)
+            where = at[unit.part][unit.start : unit.start + len(unit.ids)]
             for purpose, model in models.items():
+                if known[purpose][where].all():
+                    continue
                 vectors = model(torch.from_numpy(pixels[model.size]).to(device)).cpu().numpy()
                 if not np.isfinite(vectors).all():
                     name = embedders(config)[purpose].model
                     raise UserError(f"embed.{purpose}.model: {name} gives vectors that are not finite")
-                part[purpose][unit.start : end] = vectors
+                fresh = ~known[purpose][where]
+                open_parts[unit.part][purpose][where[fresh] - starts[unit.part]] = vectors[fresh]
             left[unit.part] -= len(unit.ids)
             if not left[unit.part]:
-                for purpose, vectors in open_parts.pop(unit.part).items():
-                    write_array(_part(stage, unit.part, purpose), vectors)
-                write_table(stage.part(unit.part), pa.table({"row": slices[unit.part]}))  # last: the part is done
+                close_part(unit.part, open_parts.pop(unit.part))
             progress.advance(len(unit.ids))
     if share.whole:
-        stage.finish(images=len(chosen), dim=dims)
+        over = {"taken_over": {purpose: int(mask.sum()) for purpose, mask in known.items()}} if config.previous else {}
+        stage.finish(images=len(chosen), dim=dims, **over)
 
 
 @dataclass(frozen=True, eq=False)

@@ -38,6 +38,9 @@ def exact_stage(config: CurateConfig, rows: Rows, decode: Stage, stage: Stage, s
             score, accepted = judge_pairs(
                 config, rows, decode, staying[pairs], stage, stop, threshold=config.dedup.verify_threshold
             )
+            if config.dedup.verify:
+                columns = dict(zip(("row_a", "row_b"), staying[pairs].T, strict=True))
+                write_table(stage.file("compared.parquet"), pa.table(columns | {"score": score}))
             # Not components: a chain of such pictures may begin and end with different ones.
             of = leaders(rank, pairs[accepted], np.nan_to_num(score[accepted]))
         else:

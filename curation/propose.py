@@ -25,9 +25,10 @@ from runtime.world import choose_device
 from .cells import Cells, cell_pairs, probes_for, train_cells, visit_cells
 from .codes import build_codes, code_pairs, read_codes, write_codes
 from .config import CurateConfig
-from .embed import Embedded
+from .embed import Embedded, identities
 from .join import hash_pairs, held, knn_pairs, sample_pairs, self_pairs, wilson_interval
 from .planner import MOST_PROBES, RECALL, JoinPlan, plan_join
+from .previous import previous_pairs
 from .rows import Rows, read_thumbs, thumb_files
 from .stage import Share, Stage
 from .threads import torch_threads
@@ -104,7 +105,7 @@ def join_stage(
     stage.open(share)
     embedded = Embedded.open(embed, "copy")
     evaluation, guarded = rows.of("guard"), _guarded(config, rows, embedded)
-    search = Search(config, embedded, index, chosen, evaluation, guarded)
+    search = Search(config, embedded, index, chosen, evaluation, guarded, rows.ids[chosen])
     units = search.units()
     waiting = [(n, unit) for n, unit in share.of(list(enumerate(units))) if not stage.part(n).is_file()]
     _search_units(search, waiting, stage, stop)
@@ -113,6 +114,7 @@ def join_stage(
     found: dict[str, list[Pairs]] = {"pool": [], "guard": []}
     for n, unit in enumerate(units):
         found["pool" if unit.kind == "pool" else "guard"].append(_as_pairs(stage.table(stage.part(n).name)))
+    found["pool"].append(_renamed(search.before[1], chosen, chosen))
     neighbours = Pairs.joined(found["pool"]).distinct()
     recall = _recall(config, search.plan, index, neighbours)
     if config.dedup.verify:
@@ -129,7 +131,9 @@ def join_stage(
     say(f"join: {counts['pool']} pairs of {len(chosen)} images proposed")
     if len(evaluation):
         say(f"join: {counts['guard']} pairs of {len(evaluation)} evaluation images with the pool proposed")
-    stage.finish(pool_pairs=counts["pool"], guard_pairs=counts["guard"], pair_recall=recall)
+    over = {"taken_over": {"images": len(chosen) - len(search.new), "pairs": len(search.before[1])}}
+    over = over if config.previous else {}
+    stage.finish(pool_pairs=counts["pool"], guard_pairs=counts["guard"], pair_recall=recall, **over)
 
 
 @dataclass(frozen=True)
@@ -151,6 +155,7 @@ class Search:
     chosen: np.ndarray  # int64, rows of the pool
     evaluation: np.ndarray  # int64, rows
     guarded: np.ndarray  # int64, rows that may lie in the shards
+    ids: np.ndarray  # str, content ids of `chosen`
 
     @cached_property
     def device(self) -> torch.device:
@@ -177,6 +182,23 @@ class Search:
         return self.embedded.of(self.guarded)
 
     @cached_property
+    def before(self) -> tuple[np.ndarray, Pairs]:
+        """Which of the pool's rows an earlier run has joined exactly (bool [N]), and their pairs of positions.
+
+        None where that saves nothing: new rows meet all rows, while without them only half of all products are needed.
+        """
+        known, none = np.zeros(len(self.chosen), dtype=bool), Pairs.joined([])
+        if not self.config.previous or self.plan.method != "exact":
+            return known, none
+        found, pairs, cosine = previous_pairs(self.config, self.ids, identities(self.config)["copy"])
+        return (found, Pairs(pairs, cosine)) if 2 * found.sum() > len(found) else (known, none)
+
+    @cached_property
+    def new(self) -> np.ndarray:
+        """Positions of the pool's rows that no earlier run has joined; int64."""
+        return np.flatnonzero(~self.before[0])
+
+    @cached_property
     def cells(self) -> Cells:
         return Cells.read(self.index.folder)
 
@@ -189,6 +211,9 @@ class Search:
         plan, block, num = self.plan, self.plan.block, len(self.chosen)
         if plan.method == "ivf":
             costs = self.cells.costs()
+        elif plan.method == "exact" and self.before[0].any():
+            num = len(self.new)
+            costs = np.ones(-(-num // block))  # each new row meets all rows
         elif plan.method == "exact":
             costs = triangle_costs(num, block)
         else:
@@ -224,6 +249,12 @@ class Search:
         """Pairs a < b of positions in the pool's rows."""
         plan, k, threshold = self.plan, self.config.dedup.k, self.config.dedup.threshold
         check = stop.check if stop is not None else lambda: None
+        if plan.method == "exact" and self.before[0].any():
+            new = self.embedded.of(self.chosen[self.new])
+            pairs = threshold_pairs(new, self.pool, threshold=threshold, device=self.device, rows=span)
+            index = np.stack([self.new[pairs.index[:, 0]], pairs.index[:, 1]], axis=1)
+            other = index[:, 0] != index[:, 1]  # every row finds itself
+            return Pairs(np.sort(index[other], axis=1), pairs.cosine[other]).distinct()
         if plan.method == "exact":
             return threshold_pairs(self.pool, threshold=threshold, device=self.device, rows=span)
         if plan.method == "ivf":

@@ -28,6 +28,7 @@ from .exact import exact_stage, remaining
 from .guard import guard_stage
 from .items import items_stage, list_items
 from .manifest import FATES, write_manifest, write_summary
+from .previous import Previous
 from .propose import index_stage, join_stage
 from .retrieve import check_retrieval, retrieve_stage, selects
 from .rows import Rows, read_rows
@@ -226,6 +227,7 @@ class _Run:
 
     def _items(self, own: Stage) -> None:
         table, problems = list_items(self.config)  # first: a path that is wrong leaves no folder behind
+        Previous.of(self.config)
         claim_output(self.out, self.config)
         own.open()
         items_stage(self.config, own, table, problems)

@@ -16,6 +16,7 @@ from runtime.signals import StopRequest
 from runtime.world import choose_device
 
 from .config import CurateConfig
+from .previous import previous_scores
 from .rows import Rows, read_thumbs, thumb_files
 from .stage import WHOLE, Share, Stage
 from .threads import torch_threads
@@ -64,15 +65,17 @@ def verify_stage(
     stage.open(share)
     tables = {name: join.table(f"{name}.parquet") for name in PROPOSED}
     pairs = np.concatenate([as_pairs(table) for table in tables.values()])
-    files = _score_parts(config, rows, decode, pairs, stage, stop, share)
+    score = previous_scores(config, rows.ids, pairs)
+    new = np.isnan(score)
+    files = _score_parts(config, rows, decode, pairs[new], stage, stop, share)
     if not share.whole:
         return
-    score, start = _read_scores(files), 0
+    score[new], start = _read_scores(files), 0
     for name, table in tables.items():
         scored = table.append_column("score", pa.array(score[start : start + len(table)]))
         write_table(stage.file(f"{name}.parquet"), scored)
         start += len(table)
-    stage.finish(pairs=len(pairs))
+    stage.finish(pairs=len(pairs), compared=int(new.sum()))
 
 
 def as_pairs(table: pa.Table) -> np.ndarray:
@@ -84,7 +87,10 @@ def score_pairs(
     config: CurateConfig, rows: Rows, decode: Stage, pairs: np.ndarray, stage: Stage, stop: StopRequest | None
 ) -> np.ndarray:
     """Agreement of each pair of rows (int64 [E, 2], sorted), 0 to 1; float32 [E]. Finished parts are read back."""
-    return _read_scores(_score_parts(config, rows, decode, pairs, stage, stop, WHOLE))
+    score = previous_scores(config, rows.ids, pairs)
+    new = np.isnan(score)
+    score[new] = _read_scores(_score_parts(config, rows, decode, pairs[new], stage, stop, WHOLE))
+    return score
 
 
 def _read_scores(files: Sequence[Path]) -> np.ndarray:
