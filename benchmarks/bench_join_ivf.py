@@ -46,7 +46,7 @@ def exact(path: Path) -> Found:
 
 def ivf(path: Path) -> Found:
     vectors, phases = map_parts([path]), Phases()
-    plan = plan_join(len(vectors), DIM, device=CPU, memory_budget=0, seconds_budget=0, asked="ivf")
+    plan = plan_join(len(vectors), DIM, device=CPU, memory_budget=16 * 10**9, seconds_budget=0, asked="ivf")
     centroids = train_cells(vectors, plan.num_cells, seed=0)
     phases.done("train")
     visits = visit_cells(vectors, centroids, min(MOST_PROBES, plan.num_cells), device=CPU)
@@ -66,7 +66,7 @@ def ivf(path: Path) -> Found:
 
 def ivf_pq(path: Path) -> Found:
     vectors, phases = map_parts([path]), Phases()
-    plan = plan_join(len(vectors), DIM, device=CPU, memory_budget=0, seconds_budget=0, asked="ivf_pq")
+    plan = plan_join(len(vectors), DIM, device=CPU, memory_budget=16 * 10**9, seconds_budget=0, asked="ivf_pq")
     index = build_codes(vectors, plan.num_cells, seed=0)
     phases.done("build")
     probes = min(MOST_PROBES, plan.num_cells)

@@ -18,8 +18,8 @@ from .cells import ITERATIONS, TRAINING_POINTS
 from .threshold import blocks_for
 
 Method = Literal["exact", "knn", "ivf", "ivf_pq"]
-EXPECTED_PROBES = 8  # the index stage then takes as few as give RECALL on its sample
-MOST_PROBES = 16
+EXPECTED_PROBES = 8  # with vectors; the index stage then takes as few as give RECALL on its sample
+MOST_PROBES = 16  # and with codes, where probes cost little beside looking at the candidates again
 RECALL = 0.999  # of sampled pairs above the threshold that must meet in a cell
 IMBALANCE = 2.0  # how much more a cell join costs than with cells of one size: long-tailed cells are visited more
 UNIT_SECONDS = 5  # of a work unit, about
@@ -33,11 +33,11 @@ class Rates:
     filter: float  # products of two numbers in the blocked filter, comparison included
     float32: float  # products of two numbers in FAISS
     load: float  # numbers read from mapped parts and converted
-    codes: float  # compressed codes compared
+    codes: float  # compressed codes compared, candidates scored again included
 
 
-CPU_RATES = Rates(filter=1.5e11, float32=4e10, load=2e9, codes=1e8)  # one core with bfloat16 instructions
-CUDA_RATES = Rates(filter=5e13, float32=5e12, load=2e9, codes=1e8)  # a data-centre GPU, with a host that feeds it
+CPU_RATES = Rates(filter=1.5e11, float32=4e10, load=2e9, codes=2.5e7)  # one core with bfloat16 instructions
+CUDA_RATES = Rates(filter=5e13, float32=5e12, load=2e9, codes=2.5e7)  # a data-centre GPU, with a host that feeds it
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,10 @@ def plan_join(
     more than most_edges a k-NN graph takes the place of all pairs. asked: a method that overrules the choice.
     """
     rates = CUDA_RATES if device.type == "cuda" else CPU_RATES
-    costs = {method: _cost(method, num_vectors, dim, device, rates) for method in ("exact", "knn", "ivf", "ivf_pq")}
+    costs = {
+        method: _cost(method, num_vectors, dim, device, rates, memory_budget)
+        for method in ("exact", "knn", "ivf", "ivf_pq")
+    }
     reasons = [f"{num_vectors} vectors of width {dim} on {device.type}, about {edges:.2g} pairs above the threshold"]
     reasons += [f"{method}: {_duration(c.seconds)}, {human_bytes(c.memory)}" for method, c in costs.items()]
     if asked != "auto":
@@ -96,7 +99,7 @@ def plan_join(
     return JoinPlan(
         method=method,
         num_cells=cost.num_cells,
-        num_probes=min(EXPECTED_PROBES, cost.num_cells),
+        num_probes=min(MOST_PROBES if method == "ivf_pq" else EXPECTED_PROBES, cost.num_cells),
         memory_bytes=cost.memory,
         seconds=round(cost.seconds, 1),
         block=1 if method == "ivf" else blocks_for(device).left,
@@ -112,7 +115,7 @@ class _Cost:
     num_cells: int = 0
 
 
-def _cost(method: Method, num: int, dim: int, device: torch.device, rates: Rates) -> _Cost:
+def _cost(method: Method, num: int, dim: int, device: torch.device, rates: Rates, memory_budget: int) -> _Cost:
     blocks = blocks_for(device)
     block_bytes = 6 * dim * (blocks.left + blocks.right) + blocks.products  # float32 and bfloat16; one tile of products
     if method == "exact":
@@ -121,7 +124,8 @@ def _cost(method: Method, num: int, dim: int, device: torch.device, rates: Rates
     if method == "knn":
         return _Cost(num**2 * dim / rates.float32, block_bytes)
     probes = EXPECTED_PROBES
-    choices = [2**power for power in range(40) if 2**power * TRAINING_POINTS <= num] or [1]
+    trainable = min(num // TRAINING_POINTS, memory_budget // (16 * TRAINING_POINTS * dim))  # in half of the memory
+    choices = [2**power for power in range(max(1, trainable.bit_length()))]
     if method == "ivf":
 
         def seconds(cells: int) -> float:
@@ -137,7 +141,7 @@ def _cost(method: Method, num: int, dim: int, device: torch.device, rates: Rates
     def code_seconds(cells: int) -> float:
         training = ITERATIONS * TRAINING_POINTS * cells**2 * dim / rates.float32
         assigning = 2 * num * cells * dim / rates.float32  # to be added, and to be searched
-        return training + assigning + num * min(probes, cells) * IMBALANCE * num / cells / rates.codes
+        return training + assigning + num * min(MOST_PROBES, cells) * IMBALANCE * num / cells / rates.codes
 
     cells = min(choices, key=code_seconds)
     codes = num * (dim // 8 + 16)
