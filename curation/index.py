@@ -34,7 +34,7 @@ from .index_recall import measure
 
 FORMAT = 1  # of the folder
 PER_CELL, LEAST_TRAINING = 64, 50_000  # vectors to train on: per cell, and at least (FAISS warns below 39 per cell)
-K_FACTOR = 8  # candidates per result that are compared again with the stored vectors
+K_FACTOR = 8  # candidates per result that are compared again with the stored vectors, where not measured
 QUERIES = 4096  # searched at a time
 
 

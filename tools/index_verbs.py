@@ -174,6 +174,6 @@ def summary(found: dict[str, Any]) -> list[str]:
     for depth in sorted(int(name.removeprefix("recall_at_")) for name in recall if name.startswith("recall_at_")):
         low, high = recall[f"interval_at_{depth}"]
         lines.append(f"recall   {recall[f'recall_at_{depth}']:.4f} at {depth} (95 % interval {low:.4f} to {high:.4f})")
-    setting = ", ".join(f"{name} {recall[name]}" for name in ("nprobe", "efSearch") if name in recall)
+    setting = ", ".join(f"{name} {recall[name]}" for name in ("nprobe", "efSearch", "k_factor") if name in recall)
     timing = f"{recall['ms_per_query']} ms per query in a batch of {recall['queries']} on {recall['threads']} threads"
     return [*lines, f"search   {setting + ', ' if setting else ''}{timing}"]

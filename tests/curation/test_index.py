@@ -8,6 +8,7 @@ from curation import index as module
 from curation.embeddings import open_embeddings
 from curation.index import Settings, add_to_index, build_index, describe_index, load_index, merge_indexes, search_index
 from curation.index_kinds import preset
+from curation.index_recall import Knob, tune
 from runtime.errors import Stopped, UserError
 from runtime.files import read_json, write_array, write_table
 from runtime.signals import StopRequest
@@ -228,3 +229,29 @@ def test_graphs_do_not_merge(folder, tmp_path):
     build(folder / "half" / "0", tmp_path / "a", "HNSW8", recall_queries=0)
     with pytest.raises(UserError, match="FAISS does not merge IndexHNSWFlat"):
         merge_indexes([tmp_path / "a", tmp_path / "a"], tmp_path / "o")
+
+
+def test_the_knob_that_helps_is_turned():
+    """Recall grows with cells up to 8, then only with candidates; turning cells further is undone."""
+    cells = Knob("cells", lambda value: None, [1, 2, 4, 8, 16, 32])
+    candidates = Knob("candidates", lambda value: None, [1, 2, 4])
+
+    def look() -> dict[str, float]:
+        return {"recall": 0.1 * (min(cells.position, 3) + 2 * candidates.position)}
+
+    best, curve = tune([cells, candidates], look, "recall", 0.69)
+    assert (best["cells"], best["candidates"], best["recall"]) == (8, 4, pytest.approx(0.7))
+    assert [row["cells"] for row in curve] == [1, 2, 4, 8, 16, 8, 8]
+    assert (cells.position, candidates.position) == (3, 2)
+    cells.position = candidates.position = 0
+    best, _ = tune([cells, candidates], look, "recall", 0.95)  # not to be had
+    assert (best["cells"], best["candidates"]) == (8, 4)
+    assert tune([], look, "recall", 0.95)[0]["recall"] == pytest.approx(0.7)
+
+
+def test_coarse_codes_get_more_candidates(folder, tmp_path):
+    recall = build(folder, tmp_path / "index", "IVF8,PQ4x4fs,Refine(SQfp16)", target=0.97)["recall"]
+    assert recall["recall_at_10"] >= 0.97
+    assert recall["k_factor"] > 4
+    index = load_index(tmp_path / "index")
+    assert (index.k_factor, module.core_of(index).nprobe) == (recall["k_factor"], recall["nprobe"])
