@@ -111,16 +111,19 @@ def cell_pairs(
         visitors = np.asarray(cells.visitors[cells.bounds[cell] : cells.bounds[cell + 1]])
         members = visitors[cells.visits[visitors, 0] == cell]
         if len(members):
-            near = _pairs_in_cell(vectors, members, visitors, threshold, device)
-            index, keep = _reported_here(near.index, cells.visits, cell)
-            found.append(Pairs(index[keep], near.cosine[keep]))
+            found.append(_pairs_in_cell(vectors, members, visitors, cells.visits, threshold, device))
     return Pairs.joined(found).sorted()
 
 
 def _pairs_in_cell(
-    vectors: UnitVectors, members: np.ndarray, visitors: np.ndarray, threshold: float, device: torch.device
+    vectors: UnitVectors,
+    members: np.ndarray,
+    visitors: np.ndarray,
+    visits: np.ndarray,
+    threshold: float,
+    device: torch.device,
 ) -> Pairs:
-    """(member, visitor) pairs of one cell, in both orders where both are members; a vector meets itself."""
+    """The pairs of members and visitors of one cell that this cell reports, smaller index first."""
     blocks = blocks_for(device)
     found = []
     for column in range(0, len(visitors), blocks.right):
@@ -129,15 +132,23 @@ def _pairs_in_cell(
         for row in range(0, len(members), blocks.left):
             ours = members[row : row + blocks.left]
             left = Block.load(vectors, ours, device)
-            i, j, cosine = pairs_of_blocks(left, right, threshold=threshold, tile=blocks.tile)
-            i, j = i.cpu().numpy(), j.cpu().numpy()
-            found.append(Pairs(np.stack([ours[i], theirs[j]], axis=1).astype(np.int64), cosine.cpu().numpy()))
+
+            def wanted(
+                i: np.ndarray, j: np.ndarray, ours: np.ndarray = ours, theirs: np.ndarray = theirs
+            ) -> np.ndarray:
+                return _reported_here(ours[i], theirs[j], visits)
+
+            i, j, cosine = pairs_of_blocks(left, right, threshold=threshold, tile=blocks.tile, wanted=wanted)
+            index = np.stack([ours[i.cpu().numpy()], theirs[j.cpu().numpy()]], axis=1).astype(np.int64)
+            found.append(Pairs(np.sort(index, axis=1), cosine.cpu().numpy()))
     return Pairs.joined(found)
 
 
-def _reported_here(index: np.ndarray, visits: np.ndarray, cell: int) -> tuple[np.ndarray, np.ndarray]:
-    """Ordered pairs of (member of this cell, visitor), and which of them this cell reports."""
-    member, visitor = index.T
-    home = visits[visitor, 0]
-    elsewhere = (home < cell) & (visits[member] == home[:, None]).any(1)  # they meet in the lower cell too
-    return np.sort(index, axis=1), np.where(home == cell, member < visitor, ~elsewhere)
+def _reported_here(member: np.ndarray, visitor: np.ndarray, visits: np.ndarray) -> np.ndarray:
+    """Which pairs of a cell's member and visitor (vectors, int [E] each) this cell reports; bool [E].
+
+    Two members come in both orders. Others meet in the visitor's cell too if the member visits it.
+    """
+    cell, home = visits[member, 0], visits[visitor, 0]
+    elsewhere = (home < cell) & (visits[member] == home[:, None]).any(1)
+    return np.where(home == cell, member < visitor, ~elsewhere)

@@ -9,7 +9,7 @@ N, M vectors of width D, E pairs.
 """
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache
 
@@ -123,11 +123,18 @@ class Block:
 
 
 def pairs_of_blocks(
-    left: Block, right: Block, *, threshold: float, tile: int, above: int | None = None
+    left: Block,
+    right: Block,
+    *,
+    threshold: float,
+    tile: int,
+    above: int | None = None,
+    wanted: Callable[[np.ndarray, np.ndarray], np.ndarray] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Index in left, index in right, cosine of every pair of vectors with cosine >= threshold; [E] each.
 
     above: only pairs with i + above < j (the upper triangle of a self-join whose blocks start `above` apart).
+    wanted: (indices in left, indices in right) -> which of these pairs are wanted; the others are not looked at again.
     """
     found = [torch.empty((0, 2), dtype=torch.int64, device=left.exact.device)]
     for start in range(0, len(left.rough), tile):
@@ -136,10 +143,13 @@ def pairs_of_blocks(
             break
         near = _passing(left.rough[start : start + tile], right.rough[skip:], threshold - margin(left.exact.shape[1]))
         near += torch.tensor([start, skip], device=near.device)
-        wanted = (near[:, 0] < len(left.exact)) & (near[:, 1] < len(right.exact))
+        here = (near[:, 0] < len(left.exact)) & (near[:, 1] < len(right.exact))
         if above is not None:
-            wanted &= near[:, 0] + above < near[:, 1]
-        found.append(near[wanted])
+            here &= near[:, 0] + above < near[:, 1]
+        near = near[here]
+        if wanted is not None:
+            near = near[torch.from_numpy(wanted(*near.cpu().numpy().T)).to(near.device)]
+        found.append(near)
     i, j = torch.cat(found).T
     cosine = _cosines(left.exact, right.exact, i, j)
     close = cosine >= torch.tensor(threshold, dtype=torch.float32)
