@@ -54,6 +54,7 @@ class Listing:
     rows: list[dict] = field(default_factory=list)  # one per item, keys as in SCHEMA
     problems: list[str] = field(default_factory=list)  # damaged tars, samples without image, failed downloads
     others: int = 0  # files that are neither image, nor sidecar, nor tar, nor parquet
+    tables: list[str] = field(default_factory=list)  # parquet files of something else
     seen: set[Path] = field(default_factory=set)  # resolved, so that a file reached twice counts once
 
 
@@ -78,7 +79,7 @@ def list_items(config: CurateConfig) -> tuple[pa.Table, list[str]]:
             for row in listing.rows[first:]:
                 row["source_name"] = source.name
         if paths and not listing.rows:
-            damaged = f"; {listing.problems[0]}" if listing.problems else ""
+            damaged = "".join(f"; {line}" for line in (listing.problems + listing.tables)[:1])
             raise UserError(
                 f"{name}: no image in {', '.join(paths)} ({listing.others} other files{damaged})\n"
                 f"  looked for tars, parquet files and .{' .'.join(IMAGE_EXTENSIONS)}, in subfolders too"
@@ -250,8 +251,11 @@ def _list_tar(source: str, file: Path, role: Role, listing: Listing) -> None:
 
 
 def _list_parquet(source: str, file: Path, role: Role, listing: Listing) -> None:
-    rows, problems = parquet.list_rows(file)
+    rows, problems, other = parquet.list_rows(file)
     listing.problems += [f"{source}: {line}" for line in problems]
+    if other is not None:
+        listing.others += 1
+        listing.tables.append(f"{source}: {other}")
     for row in rows:
         sidecar = {"extension": "json", "source": source + parquet.JSON, "offset": row.row}
         listing.rows.append(

@@ -65,8 +65,8 @@ def is_address(source: str) -> bool:
     return source.removesuffix(JSON).endswith(SUFFIX)
 
 
-def list_rows(path: Path) -> tuple[list[ImageRow], list[str]]:
-    """The rows with an image, and what was left out, one line each.
+def list_rows(path: Path) -> tuple[list[ImageRow], list[str], str | None]:
+    """The rows with an image; what was left out, one line each; and what a table that is of something else holds.
 
     Reads the file once, `BATCH` rows at a time. A table without images that looks like img2dataset's account of its
     downloads gives no rows, and a line with its failures.
@@ -75,11 +75,14 @@ def list_rows(path: Path) -> tuple[list[ImageRow], list[str]]:
         with pq.ParquetFile(path) as file:
             layout = find_layout(file)
             if layout is not None:
-                return _list(file, layout)
-            problem = _without_images(path, file)
-            return [], [problem] if problem else []
+                return *_list(file, layout), None
+            names = file.schema_arrow.names
+            if set(names) >= METADATA:
+                problem = _downloads(path, file)
+                return [], [problem] if problem else [], "img2dataset's table"
+            return [], [], f"no column of images among {', '.join(names[:8])}{', ...' if len(names) > 8 else ''}"
     except (pa.ArrowException, OSError) as error:
-        return [], [f"not readable as parquet: {str(error).splitlines()[0]}"]
+        return [], [f"not readable as parquet: {str(error).splitlines()[0]}"], None
 
 
 def find_layout(file: pq.ParquetFile) -> Layout | None:
@@ -180,11 +183,8 @@ def _extension(layout: Layout, values: dict[str, Any]) -> str:
     return found if found in IMAGE_EXTENSIONS else ""
 
 
-def _without_images(path: Path, file: pq.ParquetFile) -> str:
-    """What a table without images is."""
-    names = file.schema_arrow.names
-    if not set(names) >= METADATA:
-        return f"no column of images among {', '.join(names[:8])}{', ...' if len(names) > 8 else ''}"
+def _downloads(path: Path, file: pq.ParquetFile) -> str:
+    """What img2dataset's account of a shard tells beyond its images; empty when all is well."""
     status = Counter(str(word) for word in file.read(columns=["status"])["status"].to_pylist())
     failed = {word: count for word, count in sorted(status.items()) if word != "success"}
     missing = "" if path.with_suffix(".tar").is_file() or path.with_suffix("").is_dir() else "; its tar is missing"

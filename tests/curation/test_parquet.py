@@ -16,6 +16,7 @@ from curation.items import items_stage, list_items, read_bytes
 from curation.rows import read_rows
 from curation.shards import verify_shards, write_shards
 from curation.stage import WHOLE, Stage
+from runtime.errors import UserError
 from runtime.files import locate
 from runtime.tars import group_samples, scan_tar
 
@@ -99,10 +100,9 @@ def test_rows_without_image_damaged_files_and_tables_of_numbers_are_reported(tmp
     assert len(rows) == 12
     lines = [line.removeprefix(f"{tmp_path}/hf/") for line in problems]
     assert lines[0].startswith("cut.parquet: not readable as parquet")
-    assert lines[1:] == [
-        "gaps.parquet: 2 of 4 rows without image (2 no bytes)",
-        "numbers.parquet: no column of images among x, y",
-    ]
+    assert lines[1:] == ["gaps.parquet: 2 of 4 rows without image (2 no bytes)"]
+    with pytest.raises(UserError, match=r"no image in .*numbers\.parquet: no column of images among x, y"):
+        listed(tmp_path / "hf" / "numbers.parquet")
 
 
 def test_a_row_beyond_the_end_is_an_error_and_a_replaced_file_is_read_anew(tmp_path, pictures):
