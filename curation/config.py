@@ -24,7 +24,7 @@ class SeedsConfig:
 class GuardConfig:
     paths: tuple[str, ...] = ()  # evaluation sets that the training set must not contain
     threshold: float = 0.45  # cosine from which a pool image is a copy of an evaluation image (DINOv2 A.3)
-    k: int = 16  # nearest neighbours looked at, from evaluation image to pool and from pool to evaluation image
+    k: int = 4  # nearest neighbours looked at, from evaluation image to pool and from pool to evaluation image
     verify_threshold: float = 0.70  # like dedup.verify_threshold, which turns it on; a leak costs more than an image
 
 
@@ -64,7 +64,6 @@ class DedupConfig:
     phash_distance: int = 4  # bits of 64 between perceptual hashes of "the same picture", also mirrored
     verify: bool = True  # an edge must also pass pixel verification: the two pictures are aligned and compared
     verify_threshold: float = 0.74  # local correlation of the aligned pictures (0 to 1) from which it passes
-    views: int = 16  # with verify: pairs also proposed by each image's nearest window views, this many; 0: none
     phash_candidates: int = 12  # with verify: pairs also proposed up to this perceptual-hash distance, bits of 64
 
 

@@ -319,8 +319,8 @@ class _Before:
             return report["counts"]["pool_pairs"] + report["counts"]["guard_pairs"], "pairs of an earlier run"
         if not config.dedup.verify:
             return 4 * pool, "four pairs an image: a guess, known after the join"
-        several = config.dedup.views * (pool + (pool + guard if guard else 0)) + 4 * pool
-        return several, "pairs by dedup.views and four by vectors an image: a guess, known after the join"
+        several = 8 * pool + config.guard.k * (pool + guard if guard else 0)
+        return several, "eight pairs an image, and guard.k with evaluation images: a guess, known after the join"
 
 
 def free_space(folder: Path) -> int:

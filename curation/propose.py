@@ -1,4 +1,4 @@
-"""Candidate pairs: neighbours by copy vectors, by perceptual hash and by window views propose, pixels decide later.
+"""Candidate pairs: neighbours by copy vectors and by perceptual hash propose, pixels decide later.
 
 Without `dedup.verify` the cosine decides, as in DINOv2 A.3, and only neighbours by vectors are proposed. Stage `index`
 plans how the vectors are searched and prepares it; stage `join` searches, in units that can be shared out.
@@ -29,12 +29,11 @@ from .embed import Embedded, identities
 from .join import hash_pairs, held, knn_pairs, sample_pairs, self_pairs, wilson_interval
 from .planner import MOST_PROBES, RECALL, JoinPlan, plan_join
 from .previous import previous_pairs
-from .rows import Rows, read_thumbs, thumb_files
+from .rows import Rows
 from .stage import Share, Stage
 from .threads import torch_threads
 from .threshold import Pairs, count_pairs, even_ranges, exact_cosines, threshold_pairs, triangle_costs
 from .unit_vectors import UnitVectors
-from .views import view_pairs
 
 RECALL_SAMPLE = 1000  # rows searched exactly, to measure what the join finds and to expect how many pairs there are
 MOST_SAMPLED = 5_000_000  # pairs of the sampled rows; where there are more, fewer rows are searched
@@ -92,7 +91,6 @@ def join_stage(
     embed: Stage,
     index: Stage,
     chosen: np.ndarray,
-    decode: Stage,
     stage: Stage,
     stop: StopRequest | None,
     share: Share,
@@ -119,7 +117,7 @@ def join_stage(
     recall = _recall(config, search.plan, index, neighbours)
     if config.dedup.verify:
         for name, ours, theirs in (("pool", chosen, chosen), ("guard", evaluation, guarded)):
-            near = _look_alikes(config, rows, ours, theirs, decode)
+            near = _look_alikes(config, rows, ours, theirs)
             near = self_pairs(near) if name == "pool" else near
             cosine = exact_cosines(embedded.of(ours), embedded.of(theirs), near)
             found[name].append(Pairs(np.stack([ours[near[:, 0]], theirs[near[:, 1]]], axis=1), cosine))
@@ -325,15 +323,11 @@ def _few_hits(config: CurateConfig, evaluation: UnitVectors, guarded: UnitVector
     return expected <= most
 
 
-def _look_alikes(config: CurateConfig, rows: Rows, queries: np.ndarray, base: np.ndarray, decode: Stage) -> np.ndarray:
-    """(query, base) index pairs, near by perceptual hash or by window views of either; int64 [E, 2]."""
+def _look_alikes(config: CurateConfig, rows: Rows, queries: np.ndarray, base: np.ndarray) -> np.ndarray:
+    """(query, base) index pairs whose pictures look alike, mirrored or not, by perceptual hash; int64 [E, 2]."""
     ours, theirs = rows.phash[queries], rows.phash[base]
     distance = config.dedup.phash_candidates
     found = [hash_pairs(ours, theirs, distance=distance), hash_pairs(theirs, ours, distance=distance)[:, ::-1]]
-    if config.dedup.views:
-        ours, theirs = (read_thumbs(thumb_files(decode), side) for side in (queries, base))
-        found.append(view_pairs(ours, theirs, k=config.dedup.views))
-        found.append(view_pairs(theirs, ours, k=config.dedup.views)[:, ::-1])
     return np.unique(np.concatenate(found), axis=0)
 
 
@@ -341,7 +335,7 @@ def _recall(config: CurateConfig, plan: JoinPlan, index: Stage, neighbours: Pair
     """What the search by vectors found of all pairs of the sampled rows."""
     sampled = _as_pairs(index.table("sample.parquet"))
     found, total = held(sampled.index, neighbours.index), len(sampled)
-    role = "; with verification they are proposals, beside those by hash and by views" if config.dedup.verify else ""
+    role = "; with verification they are proposals, beside those by hash" if config.dedup.verify else ""
     cells = f"{plan.num_probes} of {plan.num_cells} k-means cells"
     return {
         "search": {

@@ -209,7 +209,6 @@ class _Run:
                 stage("embed"),
                 stage("index"),
                 self._without_copies(),
-                stage("decode"),
                 own,
                 stop,
                 share,

@@ -132,5 +132,5 @@ def config(pack, export) -> CurateConfig:
             retrieval=RetrievalModelConfig(f"export:{export}", 64),
             batch_size=16,
         ),
-        dedup=replace(CurateConfig().dedup, k=4, views=4, threshold=0.9),
+        dedup=replace(CurateConfig().dedup, k=4, threshold=0.9),
     )

@@ -67,7 +67,7 @@ def join(config: CurateConfig, rows: Rows, embed: Stage, out: Path, shares: tupl
     index_stage(config, rows, embed, chosen, index)
     stage.open()
     for share in (*shares, WHOLE):
-        join_stage(config, rows, embed, index, chosen, embed, stage, None, share)
+        join_stage(config, rows, embed, index, chosen, stage, None, share)
     return stage
 
 
