@@ -8,7 +8,6 @@ from pathlib import Path
 from PIL import Image
 
 from curation.items import read_bytes
-from curation.parquet import read_row
 from imaging.decode import IMAGE_EXTENSIONS, Rejected, decode
 from runtime.files import locate
 from runtime.tars import Member, scan_tar
@@ -52,11 +51,6 @@ class Album:
                 return read_bytes(source, int(key), 0)
             except OSError:
                 return None  # the row is not there any more
-        if path.suffix == ".parquet":
-            try:
-                return read_row(str(path), int(key))
-            except OSError:
-                return None
         if path.suffix != ".tar":
             return path.read_bytes()
         if source not in self.members:
