@@ -143,7 +143,7 @@ def main() -> None:
 
 def _bits(both: np.ndarray, plain: np.ndarray) -> np.ndarray:
     """Bits between hashes, the smaller of plain and mirrored; uint64 [..., 2] and [...]."""
-    return np.bitwise_count(both ^ plain[..., None]).min(-1)
+    return np.minimum(*(np.bitwise_count(both[..., column] ^ plain) for column in (0, 1)))
 
 
 if __name__ == "__main__":
