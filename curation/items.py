@@ -22,7 +22,7 @@ from runtime.tars import group_samples, scan_tar
 
 from . import parquet
 from .config import CurateConfig
-from .sources import Source, parse_sources
+from .sources import Source, parse_source, parse_sources
 from .stage import Stage
 
 Role = Literal["pool", "seed", "guard"]
@@ -73,7 +73,8 @@ def list_items(config: CurateConfig) -> tuple[pa.Table, list[str]]:
         )
     for role, name, paths in groups:
         listing = Listing()
-        for source in parse_sources(name, paths):
+        # Names of seed and evaluation sets decide nothing, so many of them may be called "val".
+        for source in parse_sources(name, paths) if role == "pool" else map(parse_source, paths):
             first = len(listing.rows)
             _list_path(source, role, f"{name}: {source.path}", listing)
             for row in listing.rows[first:]:

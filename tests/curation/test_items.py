@@ -112,3 +112,14 @@ def test_no_source_and_compressed_tars_say_what_to_do(tmp_path):
     (tmp_path / "x.tar.gz").write_bytes(b"\x1f\x8b....")
     with pytest.raises(UserError, match=r"gunzip -k"):
         listed(tmp_path)
+
+
+def test_evaluation_sets_may_share_a_name_and_sources_may_not(tmp_path):
+    for name in ("a/val", "b/val"):
+        (tmp_path / name).mkdir(parents=True)
+        (tmp_path / name / "1.jpg").write_bytes(b"x")
+    paths = tuple(str(tmp_path / name) for name in ("a/val", "b/val"))
+    rows, _ = listed(f"mine={paths[0]}", guard=GuardConfig(paths=paths))
+    assert [(row["role"], row["source_name"]) for row in rows] == [("guard", "val"), ("guard", "val"), ("pool", "mine")]
+    with pytest.raises(UserError, match="are both called 'val'"):
+        listed(*paths)
