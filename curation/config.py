@@ -1,6 +1,6 @@
 """Configuration of curation; presets in `configs/` state only what differs from these defaults.
 
-Thresholds default to DINOv2's (appendix A.3) where it states one.
+Numbers default to DINOv2's (appendix A) where it states them and the models are the same.
 """
 
 from dataclasses import dataclass, field, replace
@@ -55,7 +55,7 @@ class EmbedConfig:
 
 @dataclass(frozen=True)
 class DedupConfig:
-    threshold: float = 0.6  # cosine from which two images are near-duplicates (DINOv2 A.3, on SSCD vectors)
+    threshold: float = 0.45  # cosine from which a pair is a candidate; of builtin:copy (DINOv2 A.3: 0.6, of SSCD)
     join: Literal["auto", "exact", "knn", "ivf", "ivf_pq"] = "auto"  # how pairs are searched; auto: the planner chooses
     join_seconds: float = 1800.0  # auto: of one core or GPU that the exact join may take, by the planner's stated rates
     join_memory: int = 16_000_000_000  # auto: bytes into which the vectors must fit to be searched in cells
