@@ -30,14 +30,22 @@ class Cells:
     """Which vectors visit which cells; a vector's nearest cell is where it is a member."""
 
     visits: np.ndarray  # int32 [N, P], cells of each vector, nearest first
-    visitors: np.ndarray  # int32 [N P], vectors by the cell they visit, ascending within a cell
+    visitors: (
+        np.ndarray
+    )  # int32 [N P], vectors by the cell they visit; those that are nearest to it, its members, first
     bounds: np.ndarray  # int64 [C + 1], where each cell's visitors start
 
     @staticmethod
     def of(visits: np.ndarray, num_cells: int) -> "Cells":
-        flat = visits.reshape(-1)
-        visitors = (np.argsort(flat, kind="stable") // visits.shape[1]).astype(np.int32)
-        bounds = np.concatenate([[0], np.cumsum(np.bincount(flat, minlength=num_cells))])
+        bounds = np.concatenate([[0], np.cumsum(np.bincount(visits.reshape(-1), minlength=num_cells))])
+        visitors = np.empty(visits.size, dtype=np.int32)
+        free = bounds[:-1].copy()  # the next place of each cell
+        for column in visits.T:  # not all at once: their order as int64 would take as much memory as the vectors
+            order = np.argsort(column, kind="stable")
+            counts = np.bincount(column, minlength=num_cells)
+            rank = np.arange(len(order)) - np.repeat(np.cumsum(counts) - counts, counts)
+            visitors[free[column[order]] + rank] = order
+            free += counts
         return Cells(visits, visitors, bounds)
 
     def costs(self) -> np.ndarray:

@@ -37,6 +37,15 @@ def test_vectors_visit_their_nearest_cells(vectors, visits):
     assert (np.sort(visits, axis=1) == np.arange(20)).all()
 
 
+def test_visitors_are_listed_by_cell_members_first(visits):
+    cells = Cells.of(visits[:, :3], 20)
+    for cell in range(20):
+        visitors = cells.visitors[cells.bounds[cell] : cells.bounds[cell + 1]]
+        members = np.flatnonzero(visits[:, 0] == cell)
+        assert visitors[: len(members)].tolist() == members.tolist()
+        assert sorted(visitors.tolist()) == np.flatnonzero((visits[:, :3] == cell).any(1)).tolist()
+
+
 @pytest.mark.parametrize("num_probes", [1, 3])
 def test_pairs_are_those_of_the_exact_join_that_meet(vectors, visits, num_probes):
     cells = Cells.of(visits[:, :num_probes], 20)
