@@ -36,7 +36,7 @@ from runtime.files import write_json
 
 CPU = torch.device("cpu")
 SAMPLE = 4000  # rows searched exactly to measure recall
-TUNING = 1000  # other rows, to choose the number of probes
+TUNING = 2000  # other rows, to choose the number of probes
 Found = tuple[np.ndarray, dict[str, Any]]
 
 

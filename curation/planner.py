@@ -19,8 +19,8 @@ from .threshold import blocks_for
 
 Method = Literal["exact", "knn", "ivf", "ivf_pq"]
 EXPECTED_PROBES = 8  # with vectors; the index stage then takes as few as give RECALL on its sample
-MOST_PROBES = 16  # and with codes, where probes cost little beside looking at the candidates again
-RECALL = 0.9995  # of sampled pairs above the threshold that must meet in a cell; few are sampled, so nearly all must
+MOST_PROBES = 32  # and with codes, where probes cost little beside looking at the candidates again
+RECALL = 0.998  # of sampled pairs above the threshold that must meet in a cell
 IMBALANCE = 2.0  # how much more a cell join costs than with cells of one size: long-tailed cells are visited more
 UNIT_SECONDS = 5  # of a work unit, about
 MOST_UNITS = 4096
