@@ -35,7 +35,7 @@ from .threads import torch_threads
 from .threshold import Pairs, count_pairs, even_ranges, exact_cosines, threshold_pairs, triangle_costs
 from .unit_vectors import UnitVectors
 
-RECALL_SAMPLE = 1000  # rows searched exactly, to measure what the join finds and to expect how many pairs there are
+RECALL_SAMPLE = 2000  # rows searched exactly, to measure what the join finds and to expect how many pairs there are
 MOST_SAMPLED = 5_000_000  # pairs of the sampled rows; where there are more, fewer rows are searched
 GUARD_BLOCK = 8192  # evaluation or pool images of a unit of the guard's join
 SCHEMA = pa.schema([("row_a", pa.int64()), ("row_b", pa.int64()), ("cosine", pa.float32())])
