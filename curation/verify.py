@@ -1,10 +1,10 @@
 """Pixel verification: two pictures are copies of one another if, laid on each other, they agree nearly everywhere.
 
 Embeddings and perceptual hashes propose pairs; this decides. The likely poses of a pair are refined by Gauss-Newton
-steps (Lucas and Kanade 1981) on images of normalised local contrast, first at half the resolution, where the best pose
-is chosen, then in full. A pose is an affine map, so that a copy that was turned by a few degrees is found too. Its
-worth is the correlation of small windows, averaged over the overlap and weighted by their texture. A caption or a
-border costs the windows it covers and no more; two photographs under one caption agree in its windows and no more.
+steps (Lucas and Kanade 1981) on images of normalised local contrast: first at half the resolution, where the best pose
+is chosen, then in full, blurred before sharp. A pose is an affine map, so that a copy turned by a few degrees is found
+too. Its worth is the correlation of small windows, averaged over the overlap and weighted by their texture. A caption
+or a border costs the windows it covers and no more; two photographs under one caption agree in its windows and no more.
 
 M poses, T thumbnail side.
 """
@@ -19,7 +19,8 @@ from .correlate import NOISE, Poses, Spectra, box_mean, likely_poses, spectra
 TOP = 3  # poses tried per pair
 FLOOR = 0.35  # correlation of the coarse search below which a pose is not refined
 ENOUGH = 0.4  # agreement at half the resolution below which a pose is not looked at in full
-STEPS = 3  # of refinement, at half the resolution and again in full
+CLEAR = 0.85  # agreement in full from which a pose is not looked for once more
+STEPS = 3  # of refinement: at half the resolution, blurred, and sharp
 DAMPING = 0.3  # of the normal equations, in squared units of contrast per pixel
 WINDOW = 4  # pixels, radius of the windows that are compared; half of it at half the resolution
 TEXTURE = 100.0  # grey levels squared: variance at which a window weighs half
@@ -57,7 +58,8 @@ def _num_pairs_of(pairs: np.ndarray, num_images: int) -> int:
 
 def _verify(images: Tensor, aspect: Tensor, a: Tensor, b: Tensor) -> Tensor:
     sharp = torch.cat([local_contrast(chunk) for chunk in images.split(BATCH)])
-    small, coarse = (F.avg_pool2d(x[:, None], 2)[:, 0] for x in (images, sharp))
+    blurred = F.avg_pool2d(sharp[:, None], 3, stride=1, padding=1, count_include_pad=False)[:, 0]
+    small, coarse = (F.avg_pool2d(x[:, None], 2)[:, 0] for x in (images, blurred))
     parts = [spectra(*chunk) for chunk in zip(images.split(BATCH), aspect.split(BATCH), strict=True)]
     transformed = Spectra(
         values=torch.cat([part.values for part in parts], 1),
@@ -68,25 +70,32 @@ def _verify(images: Tensor, aspect: Tensor, a: Tensor, b: Tensor) -> Tensor:
     for start in range(0, len(a), BATCH):
         chunk = slice(start, start + BATCH)
         poses = likely_poses(transformed, a[chunk], b[chunk], top=TOP, floor=FLOOR)
-        pose, found = _fit(small, coarse, poses, from_boxes(poses.box), window=WINDOW // 2)
+        pose, found = _fit(small, (coarse,), poses, from_boxes(poses.box), window=WINDOW // 2)
         best = torch.zeros_like(scores[chunk]).scatter_reduce(0, poses.pair, found, "amax")
         chosen = ((found >= ENOUGH) & (found == best[poses.pair])).nonzero()[:, 0]
         poses = poses.take(chosen)
-        _, found = _fit(images, sharp, poses, pose[chosen], window=WINDOW)
+        _, found = _fit(images, (blurred, sharp), poses, pose[chosen], window=WINDOW)
+        # Half the resolution can lead astray among repeated shapes: where in doubt, once more without it.
+        doubt = (found < CLEAR).nonzero()[:, 0]
+        _, again = _fit(images, (blurred, sharp), poses.take(doubt), from_boxes(poses.box[doubt]), window=WINDOW)
+        found[doubt] = torch.maximum(found[doubt], again)
         scores[chunk] = scores[chunk].scatter_reduce(0, poses.pair, found, "amax")
     return scores
 
 
-def _fit(images: Tensor, contrast: Tensor, poses: Poses, start: Tensor, *, window: int) -> tuple[Tensor, Tensor]:
-    """Refined poses [M, 2, 3] and their agreement [M], from pictures [N, T, T] and their local contrast."""
-    if not len(start):
-        return start, start.new_zeros(0)
+def _fit(
+    images: Tensor, contrasts: tuple[Tensor, ...], poses: Poses, pose: Tensor, *, window: int
+) -> tuple[Tensor, Tensor]:
+    """Poses [M, 2, 3] refined on each contrast [N, T, T] in turn, and the agreement [M] of the pictures [N, T, T]."""
+    if not len(pose):
+        return pose, pose.new_zeros(0)
 
     def moved(x: Tensor) -> Tensor:
         x = x[poses.moving]
         return torch.where(poses.mirrored[:, None, None], x.flip(-1), x)
 
-    pose = refine(contrast[poses.reference], moved(contrast), start, steps=STEPS)
+    for contrast in contrasts:
+        pose = refine(contrast[poses.reference], moved(contrast), pose, steps=STEPS)
     return pose, agreement(images[poses.reference], moved(images), pose, window=window)
 
 
