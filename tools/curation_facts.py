@@ -117,9 +117,10 @@ def search(recall: Counts, plan: Path) -> Search:
 
 def survivors(dedup: Counts, thresholds: Counts) -> Survivors:
     """Both ways of grouping, and the curves. dedup: counts of the stage; thresholds: its settings."""
+    used = thresholds["groups"]
     rows = [
         [
-            WAYS[name][0] + (" (used)" if name == thresholds["groups"] else ""),
+            WAYS[name][0] + (" (used)" if name == used else ""),
             WAYS[name][1],
             str(found["out"]),
             str(found["removed"]),
@@ -138,7 +139,7 @@ def survivors(dedup: Counts, thresholds: Counts) -> Survivors:
     for axis in (axis for axis in AXES if axis in dedup["survivors"]):
         curves = [
             Curve(name, [(t, n) for t, n in points], dashed=name != "components")
-            for name, points in dedup["survivors"][axis].items()
+            for name, points in sorted(dedup["survivors"][axis].items(), key=lambda curve: curve[0] != used)
         ]
         title = AXES[axis] + ("" if axis in marks else ", which did not decide")
         charts.append((title, threshold_chart(curves, mark=marks.get(axis), title=f"images left {title}")))

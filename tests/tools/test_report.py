@@ -108,6 +108,16 @@ def test_both_ways_of_grouping_stand_beside_the_curves(run_folder):
     assert html.count('class="curve dashed"') == 2
 
 
+def test_the_mark_stands_on_the_way_of_grouping_that_was_used(run_folder):
+    path = run_folder / "curate" / "summary.json"
+    summary = read_json(path)
+    summary["thresholds"]["dedup"] |= {"groups": "leader", "verify_threshold": 0.75}
+    write_json(path, summary)
+    html = write_report(run_folder).read_text()
+    assert "leader (used)" in html
+    assert "0.75: 520 left" in html
+
+
 def test_a_sample_without_pairs_has_no_recall(run_folder):
     path = run_folder / "curate" / "summary.json"
     summary = read_json(path)
