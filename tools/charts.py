@@ -44,11 +44,8 @@ class Curve:
     dashed: bool = False
 
 
-def threshold_chart(curves: Sequence[Curve], *, mark: float | None, title: str) -> str:
-    """Curves over a threshold, with an upright line at `mark` and the first curve's value.
-
-    The value beside the line is that of the first curve at its first point at or above `mark`.
-    """
+def threshold_chart(curves: Sequence[Curve], *, mark: tuple[float, float] | None, title: str) -> str:
+    """Curves over a threshold, with an upright line at the threshold of `mark` and a dot at its value."""
     points = [point for curve in curves for point in curve.points]
     if not points:
         return ""
@@ -69,14 +66,14 @@ def threshold_chart(curves: Sequence[Curve], *, mark: float | None, title: str) 
         path = " ".join(f"{across(x):.1f},{up(y):.1f}" for x, y in curve.points)
         style = "curve dashed" if curve.dashed else "curve"
         parts.append(f'<polyline class="{style}" points="{path}"><title>{escape(curve.name)}</title></polyline>')
-    if mark is not None and min(xs) <= mark <= max(xs):
-        value = next(y for x, y in curves[0].points if x >= mark - 1e-9)
-        x, anchor = across(mark), "end" if mark > middle else "start"
+    if mark is not None and min(xs) <= mark[0] <= max(xs):
+        threshold, value = mark
+        x, anchor = across(threshold), "end" if threshold > middle else "start"
         parts.append(
             f'<line class="mark" x1="{x:.1f}" x2="{x:.1f}" y1="{TOP}" y2="{HEIGHT - BOTTOM}"/>'
             f'<circle class="curve-end" cx="{x:.1f}" cy="{up(value):.1f}" r="3.5"/>'
             f'<text class="marked" x="{x + (-5 if anchor == "end" else 5):.1f}" y="{HEIGHT - BOTTOM - 6}" '
-            f'text-anchor="{anchor}">{mark:g}: {number(value)} left</text>'
+            f'text-anchor="{anchor}">{threshold:g}: {number(value)} left</text>'
         )
     return (
         f'<svg class="chart" viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(title)}">'

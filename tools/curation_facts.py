@@ -134,12 +134,13 @@ def survivors(dedup: Counts, thresholds: Counts) -> Survivors:
         "A removal is unsupported when the image is no copy of the one that stands for it, but of a copy of a copy. "
         "Removed counts exact copies too."
     )
-    marks = {"score": thresholds["verify_threshold"]} if thresholds["verify"] else {"cosine": thresholds["threshold"]}
+    decided, at = ("score", "verify_threshold") if thresholds["verify"] else ("cosine", "threshold")
+    marks = {decided: (thresholds[at], dedup["out"])}
     charts = []
     for axis in (axis for axis in AXES if axis in dedup["survivors"]):
         curves = [
             Curve(name, [(t, n) for t, n in points], dashed=name != "components")
-            for name, points in sorted(dedup["survivors"][axis].items(), key=lambda curve: curve[0] != used)
+            for name, points in dedup["survivors"][axis].items()
         ]
         title = AXES[axis] + ("" if axis in marks else ", which did not decide")
         charts.append((title, threshold_chart(curves, mark=marks.get(axis), title=f"images left {title}")))

@@ -77,12 +77,12 @@ def test_numbers_read_well(value, text):
 
 def test_a_threshold_is_marked_where_it_lies_with_what_it_leaves():
     curves = [Curve("components", [(0.5, 10), (0.6, 20), (0.7, 40)]), Curve("leader", [(0.5, 15), (0.7, 40)], True)]
-    svg = threshold_chart(curves, mark=0.65, title="left")
-    assert "0.65: 40 left" in svg  # between two points the upper one holds
+    svg = threshold_chart(curves, mark=(0.65, 33), title="left")
+    assert "0.65: 33 left" in svg
     at = float(re.search(r'class="mark" x1="([\d.]+)"', svg)[1])
     first, *_, last = (float(p.split(",")[0]) for p in re.search(r'points="([^"]*)"', svg)[1].split())
     assert at == pytest.approx(first + 0.75 * (last - first), abs=0.1)
     assert svg.count("<polyline") == 2
     assert svg.count("dashed") == 1
-    assert "mark" not in threshold_chart(curves, mark=0.9, title="left")
-    assert threshold_chart([], mark=0.5, title="none") == ""
+    assert "mark" not in threshold_chart(curves, mark=(0.9, 50), title="left")
+    assert threshold_chart([], mark=(0.5, 1), title="none") == ""

@@ -103,19 +103,20 @@ def test_both_ways_of_grouping_stand_beside_the_curves(run_folder):
     said = re.sub(r"<[^>]+>", " ", html)
     assert "components (used)" in said
     assert "11 (10\xa0%)" in said
-    assert "0.74: 502 left" in said  # of the score, which decided: the cosine's curve has no mark
+    assert "0.74: 500 left" in said  # of the score, which decided: the cosine's curve has no mark
     assert html.count('class="mark"') == 1
     assert html.count('class="curve dashed"') == 2
 
 
-def test_the_mark_stands_on_the_way_of_grouping_that_was_used(run_folder):
+def test_the_mark_stands_at_what_the_run_left(run_folder):
     path = run_folder / "curate" / "summary.json"
     summary = read_json(path)
-    summary["thresholds"]["dedup"] |= {"groups": "leader", "verify_threshold": 0.75}
+    summary["thresholds"]["dedup"] |= {"groups": "leader", "verify": False}
+    summary["stages"]["dedup"] |= {"out": 505}
     write_json(path, summary)
     html = write_report(run_folder).read_text()
     assert "leader (used)" in html
-    assert "0.75: 520 left" in html
+    assert "0.6: 505 left" in html
 
 
 def test_a_sample_without_pairs_has_no_recall(run_folder):
