@@ -196,7 +196,25 @@ def load_config(verb: str, args: argparse.Namespace) -> Any:
     """The resolved config of a verb. Raises UserError."""
     from runtime.config import load
 
-    return load(schema(verb), args.config, args.overrides)
+    try:
+        return load(schema(verb), args.config, args.overrides)
+    except UserError as error:
+        if verb != "run" and _is_for_run(args):
+            raise UserError(
+                f"config: {args.config} is for `troodon run`; `troodon {verb}` has keys of its own\n"
+                f"  start from another preset, for example: troodon curate default, troodon pretrain tiny"
+            ) from error
+        raise
+
+
+def _is_for_run(args: argparse.Namespace) -> bool:
+    from runtime.config import load
+
+    try:
+        load(schema("run"), args.config, args.overrides)
+    except UserError:
+        return False
+    return True
 
 
 def schema(verb: str) -> type:

@@ -243,3 +243,8 @@ def test_output_cut_by_head_is_no_traceback():
     os.close(write)
     assert ended.returncode == EXIT_FAILED
     assert ended.stderr == ""
+
+
+def test_a_config_of_a_whole_run_is_told_from_one_of_a_verb(capsys):
+    assert cli.main(["curate", "quickstart", "--dry-run"]) == EXIT_USER
+    assert "quickstart is for `troodon run`" in capsys.readouterr().err
