@@ -25,7 +25,7 @@ class GuardConfig:
     paths: tuple[str, ...] = ()  # evaluation sets that the training set must not contain
     threshold: float = 0.45  # cosine from which a pool image is a copy of an evaluation image (DINOv2 A.3)
     k: int = 4  # nearest neighbours looked at, from evaluation image to pool and from pool to evaluation image
-    verify_threshold: float = 0.70  # like dedup.verify_threshold, which turns it on; a leak costs more than an image
+    verify_threshold: float = 0.66  # like dedup.verify_threshold, which turns it on; a leak costs more than an image
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,8 @@ class DedupConfig:
     groups: Literal["components", "leader"] = "components"  # leader: every removed image is close to one that is kept
     phash_distance: int = 4  # bits of 64 between perceptual hashes of "the same picture", also mirrored
     verify: bool = True  # an edge must also pass pixel verification: the two pictures are aligned and compared
-    verify_threshold: float = 0.74  # local correlation of the aligned pictures (0 to 1) from which it passes
+    verify_threshold: float = 0.72  # local correlation of the aligned pictures (0 to 1) from which it passes
+    sure_cosine: float = 0.7  # with verify: a pair of lower cosine must agree the more, by as much as it is lower
     phash_candidates: int = 12  # with verify: pairs also proposed up to this perceptual-hash distance, bits of 64
 
 

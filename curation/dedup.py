@@ -31,7 +31,7 @@ def dedup_stage(config: CurateConfig, rows: Rows, exact: Stage, proposed: Stage,
     """
     stage.open()
     chosen = remaining(rows, exact)
-    edges = judged(proposed.table("pool.parquet"), threshold=config.dedup.verify_threshold)
+    edges = judged(proposed.table("pool.parquet"), config, threshold=config.dedup.verify_threshold)
     write_table(stage.file("edges.parquet"), edges)
     copies = read_copies(exact, len(rows.ids))
     rank = precedence(rows.area, rows.num_bytes, rows.ids)
@@ -62,15 +62,20 @@ def dedup_stage(config: CurateConfig, rows: Rows, exact: Stage, proposed: Stage,
     )
 
 
-def judged(pairs: pa.Table, *, threshold: float) -> pa.Table:
+def judged(pairs: pa.Table, config: CurateConfig, *, threshold: float) -> pa.Table:
     """Proposed pairs with columns `score` (null where pictures were not compared) and `accepted`.
 
-    Where pictures were compared the score decides, else every proposed pair passes.
+    Where pictures were compared the score decides, else every proposed pair passes. A score is how well the two agree,
+    less what their cosine lacks to `dedup.sure_cosine`: tools or banknotes of one make agree well when laid on each
+    other, but a network that was trained to tell copies sees that they are two.
     """
     if "score" not in pairs.column_names:
         pairs = pairs.append_column("score", pa.nulls(len(pairs), pa.float32()))
         return pairs.append_column("accepted", pa.array(np.ones(len(pairs), dtype=bool)))
-    return pairs.append_column("accepted", pa.array(pairs["score"].to_numpy() >= threshold))
+    lacking = np.maximum(0, config.dedup.sure_cosine - pairs["cosine"].to_numpy())
+    score = np.maximum(0, pairs["score"].to_numpy() - lacking)
+    pairs = pairs.set_column(pairs.column_names.index("score"), "score", pa.array(score, pa.float32()))
+    return pairs.append_column("accepted", pa.array(score >= threshold))
 
 
 def strength(edges: pa.Table) -> np.ndarray:

@@ -33,7 +33,7 @@ def guard_stage(config: CurateConfig, rows: Rows, exact: Stage, dedup: Stage, pr
     proposed: the finished stage with `guard.parquet`, which is verify or, without verification, join.
     """
     stage.open()
-    edges = judged(proposed.table("guard.parquet"), threshold=config.guard.verify_threshold)
+    edges = judged(proposed.table("guard.parquet"), config, threshold=config.guard.verify_threshold)
     write_table(stage.file("edges.parquet"), edges)
     hits = _best_hits(edges.filter(edges["accepted"]))
     leaks = _with_components(rows, hits, exact, dedup)

@@ -126,7 +126,7 @@ class _Run:
         """A stage by name; its key covers all settings and stages that decide its content."""
         settings = to_dict(self.config)
         dedup, guard = settings["dedup"], settings["guard"]
-        searching = {key: dedup[key] for key in dedup if key not in ("groups", "verify_threshold")}
+        searching = {key: dedup[key] for key in dedup if key not in ("groups", "verify_threshold", "sure_cosine")}
         passing = {"seeds": settings["retrieval"]["keep_seeds"]}
         own: dict[str, Any] = {
             "items": {key: settings[key] for key in ("source", "seeds")} | {"guard": guard["paths"]},
@@ -136,7 +136,7 @@ class _Run:
             "index": searching | {"seed": settings["seed"], "guard": [guard["threshold"], guard["k"]]} | passing,
             "join": {},
             "verify": {},
-            "dedup": {key: dedup[key] for key in ("groups", "verify_threshold")},
+            "dedup": {key: dedup[key] for key in ("groups", "verify_threshold", "sure_cosine")},
             "guard": guard,
             "retrieve": settings["retrieval"] | {"seed": settings["seed"]},
             "shards": settings["shards"] | {"seed": settings["seed"]},

@@ -13,7 +13,6 @@ import torch
 from safetensors.torch import save_file
 
 from curation.config import (
-    CopyModelConfig,
     CurateConfig,
     EmbedConfig,
     GuardConfig,
@@ -128,9 +127,8 @@ def config(pack, export) -> CurateConfig:
         guard=GuardConfig(paths=(f"{pack}/eval",), k=4),
         seeds=SeedsConfig(paths=(f"{pack}/seeds",)),
         embed=EmbedConfig(
-            copy=CopyModelConfig(f"export:{export}", 64),
             retrieval=RetrievalModelConfig(f"export:{export}", 64),
             batch_size=16,
         ),
-        dedup=replace(CurateConfig().dedup, k=4, threshold=0.9),
+        dedup=replace(CurateConfig().dedup, k=4),
     )

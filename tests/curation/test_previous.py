@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 import curation.embed
-from curation.config import CurateConfig, EmbedConfig
+from curation.config import CopyModelConfig, CurateConfig, EmbedConfig
 from curation.previous import Ids
 from curation.run import curate
 from runtime.errors import UserError
@@ -39,8 +39,13 @@ def sources(pack, tmp_path_factory) -> list[str]:
 
 @pytest.fixture(scope="module")
 def base(config, sources) -> CurateConfig:
-    """One image per batch, so that a vector cannot depend on its neighbours in the batch; the exact join."""
-    return replace(config, embed=replace(config.embed, batch_size=1), dedup=replace(config.dedup, join="exact"))
+    """One image per batch, so that a vector cannot depend on its neighbours in it; the exact join; many pairs."""
+    return replace(
+        config,
+        embed=replace(config.embed, batch_size=1),
+        dedup=replace(config.dedup, join="exact", threshold=0.1),
+        guard=replace(config.guard, threshold=0.1),
+    )
 
 
 def of(config: CurateConfig, out: Path, *paths: str, previous: Path | None = None) -> CurateConfig:
@@ -68,7 +73,8 @@ def test_what_was_known_is_not_done_again(runs):
     num_first = sum(counts(first, "items")[role] for role in ("pool", "seed", "guard"))
     assert counts(more, "decode")["taken_over"] == num_first + 1  # and the equal file among the new ones
     embedded = counts(more, "embed")
-    assert embedded["taken_over"] == {"copy": pytest.approx(counts(first, "embed")["images"], abs=8)}
+    num_embedded = pytest.approx(counts(first, "embed")["images"], abs=8)
+    assert embedded["taken_over"] == {"copy": num_embedded, "retrieval": num_embedded}
     assert embedded["taken_over"]["copy"] < embedded["images"]
     joined = counts(more, "join")
     assert joined["taken_over"]["images"] > (counts(more, "index")["images"] - joined["taken_over"]["images"])
@@ -99,7 +105,9 @@ def test_other_settings_are_not_taken_over_and_said(base, runs, sources, tmp_pat
         base,
         decode=replace(base.decode, min_side=20),
         embed=EmbedConfig(
-            *(replace(model, size=32) for model in (base.embed.copy, base.embed.retrieval)), batch_size=1
+            copy=CopyModelConfig(base.embed.retrieval.model, 32),
+            retrieval=replace(base.embed.retrieval, size=32),
+            batch_size=1,
         ),
         dedup=replace(base.dedup, threshold=0.8),
     )
@@ -114,7 +122,7 @@ def test_other_settings_are_not_taken_over_and_said(base, runs, sources, tmp_pat
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("change", [{"threshold": 0.8}, {"join": "knn"}], ids=lambda change: next(iter(change)))
+@pytest.mark.parametrize("change", [{"threshold": 0.05}, {"join": "knn"}], ids=lambda change: next(iter(change)))
 def test_the_join_is_redone_where_the_threshold_was_higher_or_the_join_another(base, runs, sources, tmp_path, change):
     changed = replace(base, dedup=replace(base.dedup, **change))
     scratch = curate(of(changed, tmp_path / "scratch", *sources))
