@@ -25,7 +25,7 @@ WAYS = {  # of making groups: what they are called, what they are
     ),
 }
 AXES = {  # of the survivor curves
-    "score": "by the agreement of the aligned pictures",
+    "score": "by the agreement of the aligned pictures, less what their cosine lacks",
     "cosine": "by the cosine of the copy vectors alone",
 }
 

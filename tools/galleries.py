@@ -187,7 +187,8 @@ def near_misses(path: Path, places: Places, album: Album) -> list[Gallery]:
     sets = close_calls(path, places, album, names=("copies", "kept apart"), mark="drop", number=PAIRS)
     why = (
         "The least sure decisions: pairs that just counted as copies, then pairs that were just kept apart. Agreement "
-        "is that of the two pictures laid on each other, 0 to 1. If they look wrong, move dedup.verify_threshold (or "
+        "is that of the two pictures laid on each other, 0 to 1, less what their cosine lacks to dedup.sure_cosine. If "
+        "they look wrong, move dedup.verify_threshold (or "
         "dedup.threshold, where pictures are not compared)."
     )
     return [Gallery("threshold", "Threshold", "Close calls", why, sets, "")]
