@@ -148,7 +148,7 @@ def main() -> None:
     if importlib.util.find_spec("imagededup"):
         import imagededup  # pyright: ignore[reportMissingImports]
 
-        for method in ("PHash", "DHash", "AHash", "WHash"):
+        for method in ("PHash", "DHash"):
             ways[f"imagededup {imagededup.__version__} {method}, its default"] = lambda method=method: by_imagededup(
                 pool, method
             )

@@ -20,6 +20,7 @@ from typing import Any
 import pyarrow.parquet as pq
 
 PHOTOS = {"tinyimagenet", "caltech101", "flowers"}
+MOST = 400  # photographs in one group, above which all its pairs count as wrong; no group planted is as large
 Pair = tuple[str, str]
 
 
@@ -37,6 +38,12 @@ def pair(a: str, b: str) -> Pair:
 
 def share(hits: list[bool]) -> dict[str, Any]:
     return {"found": sum(hits), "of": len(hits), "share": round(sum(hits) / len(hits), 4) if hits else None}
+
+
+def precision(hits: list[bool], wrong: int) -> dict[str, Any]:
+    """Share of hits, beside so many more that are wrong."""
+    total = len(hits) + wrong
+    return {"found": sum(hits), "of": total, "share": round(sum(hits) / total, 4) if total else None}
 
 
 def by_name(outcomes: list[tuple[str, bool]]) -> dict[str, Any]:
@@ -77,7 +84,9 @@ def score(pack: Path, manifest: Path) -> dict[str, Any]:
     for key, row in rows.items():
         if row["group_id"] is not None and source.get(key) in PHOTOS and key not in leaks:
             groups[row["group_id"]].append(key)
-    found = [pair(a, b) for keys in groups.values() for a, b in itertools.combinations(keys, 2)]
+    small = [keys for keys in groups.values() if len(keys) <= MOST]
+    heaps = sum(len(keys) * (len(keys) - 1) // 2 for keys in groups.values() if len(keys) > MOST)
+    found = [pair(a, b) for keys in small for a, b in itertools.combinations(keys, 2)]
     undecided = {p for p in found if p in unjudged or (p[0] in in_unjudged and p[1] in in_unjudged)} - true_pairs
     judged = [p for p in found if p not in undecided]
 
@@ -92,7 +101,7 @@ def score(pack: Path, manifest: Path) -> dict[str, Any]:
         "images": len(rows),
         "pair_recall_by_level": by_name(levels),
         "pair_recall_by_edit": by_name(edits),
-        "pair_precision_photos": share([p in true_pairs for p in judged]),
+        "pair_precision_photos": precision([p in true_pairs for p in judged], heaps),
         "wrong_pairs_photos": sorted(p for p in judged if p not in true_pairs)[:50],
         "kept_apart": by_name(apart),
         "leak_recall_by_level": by_name([(f"level {row['level']}", key in called) for key, row in leaks.items()]),
