@@ -45,7 +45,7 @@ class Pool:
 
     keys: list[str]
     phash: np.ndarray  # uint64 [N]
-    vectors: np.ndarray  # float32 [N, D]; of an exact copy, zeros: the run never embedded it
+    vectors: np.ndarray  # float32 [N, D]
     places: list[tuple[str, int, int]]
 
 
@@ -61,6 +61,9 @@ def read_pool(run: Path) -> Pool:
     values = np.concatenate([np.load(part).astype(np.float32) for part in parts])
     vectors = np.zeros((len(items), values.shape[1]), dtype=np.float32)
     vectors[embedded["row"].to_numpy()] = values
+    copies = pq.read_table(run / "stages" / "exact" / "duplicates.parquet")
+    for row, of in reversed(list(zip(copies["row"].to_pylist(), copies["of"].to_pylist(), strict=True))):
+        vectors[row] = vectors[of]  # a copy was never embedded: it has the vector of the one that stands for it
     places = items.select(["source", "offset", "length"]).take(pa.array(rows)).to_pylist()
     return Pool(
         keys=items["key"].take(pa.array(rows)).to_pylist(),
