@@ -4,7 +4,7 @@ Defaults are DINOv2's `vitl16_short` recipe (reference repository, ViT-L/16 on I
 """
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 from .data.config import CropsConfig, MaskConfig
 from .model.init import Init
@@ -14,15 +14,32 @@ Device = Literal["auto", "cpu", "cuda"]
 
 
 @dataclass(frozen=True)
+class SetConfig:
+    name: str  # of this part of the data, in metrics and messages
+    shards: tuple[str, ...]  # as `data.shards`
+    weight: float = 1.0  # share of the images of mixed batches, relative to other sets; 0: in own batches only
+    batches: float = 0.0  # share of the steps whose whole batch is of this set (0.1 for ImageNet-1k in DINOv3 sec. 3.1)
+
+
+@dataclass(frozen=True)
 class DataConfig:
-    shards: tuple[str, ...] = ()  # WebDataset folders, tars or globs; ours or anyone's
+    shards: tuple[str, ...] = ()  # WebDataset folders, tars, globs or URLs (http, s3); ours or anyone's
+    sets: tuple[SetConfig, ...] = ()  # several sets mixed by weight, in place of `shards`
+    shuffle_buffer: int = 4096  # images of remote shards that are held to be shuffled; local shards are shuffled whole
 
 
 @dataclass(frozen=True)
 class ModelConfig:
     arch: Arch = "vit_small"  # width, depth and heads; table in pretrain/build.py
     patch_size: int = 16  # pixels; 14 in the published models
+    in_chans: int = 3  # channels of an image; the loader of shards gives 3
     num_registers: int = 0  # 4 in the released `_reg` models (Darcet et al. 2023)
+    position: Literal["learned", "rope"] = "learned"  # table of DINOv2, or axial RoPE of DINOv3 (sec. 3.2)
+    rope_jitter: float = 1.0  # largest factor on the coordinates at a step, either way; 2 in DINOv3; 1: none
+    ffn: Literal["arch", "mlp", "swiglu"] = "arch"  # feed-forward part; arch: the architecture's own
+    ffn_multiple: int = 8  # SwiGLU's hidden width is rounded up to a multiple of this (8 in DINOv2, 64 in DINOv3)
+    untie_norms: bool = False  # a last norm of its own for the class tokens of local crops (DINOv3 sec. 3.2)
+    attention: Literal["auto", "sdpa", "varlen", "xformers", "flex"] = "auto"  # backend over packed crops
     drop_path: float = 0.0  # share of sequences that skip a residual branch; 0.3 (L), 0.4 (L and g from scratch)
     init: Init = "reference"  # linear layers: 0.02 as in DINOv2, or 1/sqrt(inputs) for narrow models (model/init.py)
     layerscale: float = 1e-5  # start value of LayerScale (DINOv2 app. B); larger for runs of a few hundred steps
@@ -34,18 +51,38 @@ class HeadsConfig:
     hidden: int = 2048  # width of the heads' hidden layers
     bottleneck: int = 256  # width before the prototypes; 384 for the DINO head of L and g
     num_layers: int = 3  # linear layers before the prototypes
+    ibot_prototypes: int = 0  # of the iBOT head alone; 0: as the DINO head
+    ibot_hidden: int = 0  # likewise
+    ibot_bottleneck: int = 0  # likewise
+    tied: bool = False  # one head for both losses (DINOv2's `vitl16_short`; untied in the published models)
+    weight_norm: bool = True  # prototypes of unit direction with a gain each (DINOv2), or plain (DINOv3)
 
 
 @dataclass(frozen=True)
 class LossConfig:
     dino: float = 1.0  # weight of the image-level loss
+    dino_local: float = 1.0  # factor on its pairs of a local and a global crop; 0.5 in DINOv3's later stages
     ibot: float = 1.0  # weight of the patch-level loss
     koleo: float = 0.1  # weight of KoLeo, summed over the two global crops (DINOv2 app. B)
+    koleo_over: Literal["all", "process"] = "all"  # rows of all processes, or each process's alone (DINOv2)
+    koleo_group: int = 0  # rows of a group in which the nearest is sought (16 in DINOv3); 0: all rows
+    targets: Literal["sinkhorn", "center"] = "sinkhorn"  # Sinkhorn-Knopp, or softmax with a moving centre (DINO)
+    gram: float = 0.0  # weight of Gram anchoring (DINOv3 sec. 4); 2 in its refinement, 1.5 at high resolution
+    gram_warmup: float = 0.0  # share of the steps over which that weight rises from 0 along a cosine
+
+
+@dataclass(frozen=True)
+class GramConfig:
+    teacher: str = ""  # export whose backbone is the Gram teacher; empty: the snapshot that this run kept
+    keep_at: float = 0.0  # share of the first stage's steps at which a snapshot is kept (0.1 to 0.2 in DINOv3); 0: none
+    update_every: int = 0  # steps of a stage after which its Gram teacher becomes the EMA's backbone; 0: never
+    max_updates: int = 3  # at most so often (DINOv3 sec. 4.2)
 
 
 @dataclass(frozen=True)
 class TeacherConfig:
-    momentum: float = 0.992  # EMA momentum at the first step, cosine to 1 at the last; 0.994 for L and g
+    momentum: float = 0.992  # EMA momentum at the first step; 0.994 for L and g
+    momentum_end: float = 1.0  # at the last step, along a cosine; as `momentum` for DINOv3's constant schedule
     temperature: float = 0.07  # of the teacher's softmax, after its warm-up
     warmup_temperature: float = 0.04  # at the first step
     warmup: float = 0.3  # share of the steps over which the temperature rises linearly (30 of 100 epochs)
@@ -53,8 +90,10 @@ class TeacherConfig:
 
 @dataclass(frozen=True)
 class OptimConfig:
-    lr: float = 1e-3  # peak AdamW rate at `reference_batch`; scaled by sqrt(batch_size / reference_batch)
-    reference_batch: int = 1024  # global batch that `lr` is stated for (DINOv2's sqrt_wrt_1024 rule)
+    lr: float = 1e-3  # peak AdamW rate at a global batch of `reference_batch`
+    lr_rule: Literal["sqrt", "linear", "none"] = "sqrt"  # rate times sqrt(b), b or 1; b = batch_size / reference_batch
+    reference_batch: int = 1024  # global batch that `lr` is stated for (DINOv2: sqrt and 1024)
+    schedule: Literal["cosine", "constant"] = "cosine"  # after the warm-up: to `min_lr` (DINOv2), or flat (DINOv3)
     min_lr: float = 1e-6  # at the last step, not scaled
     warmup: float = 0.1  # share of the steps with linearly rising rate (10 of 100 epochs)
     weight_decay: float = 0.04  # at the first step; cosine to `weight_decay_end`; none on biases, norms and gammas
@@ -64,20 +103,48 @@ class OptimConfig:
     layer_decay: float = 1.0  # factor on the rate per block below the top; 0.9 in `vitl16_short`
     patch_embed_lr: float = 0.2  # factor on the patch embedding's rate
     freeze_last_layer: float = 0.01  # share of the steps in which the prototypes stand still (1 of 100 epochs)
+    freeze_backbone: float = 0.0  # share of the steps in which only the heads learn; for `continue_from`
 
 
 @dataclass(frozen=True)
 class TrainConfig:
     steps: int = 125_000  # optimizer steps
     batch_size: int = 1024  # images per step over all processes (global)
-    precision: Literal["auto", "bfloat16", "float32"] = "auto"  # auto: bfloat16 where the device multiplies it faster
+    accumulate: int = 1  # parts that a process computes its images of a step in; Sinkhorn and KoLeo see the whole
+    precision: Literal["auto", "bfloat16", "float32", "float16"] = "auto"  # auto: bfloat16 where fast
+    compile: bool = False  # torch.compile of every block; minutes at the start, pays on a GPU
+    recompute: Literal["none", "selective", "full"] = "none"  # activations computed again in backward, to save memory
+    augment_on: Literal["cpu", "device"] = "cpu"  # where crops are cut and colored: loader processes, or the GPU
     log_every: int = 10  # steps between rows of metrics.jsonl
 
 
 @dataclass(frozen=True)
 class CheckpointConfig:
     every: int = 1000  # steps between checkpoints
-    keep: int = 3  # checkpoints that stay
+    keep: int = 3  # newest checkpoints that stay
+    keep_every: int = 0  # steps whose multiples stay for ever; 0: none
+    background: bool = True  # written while training goes on, where the device is a GPU
+
+
+@dataclass(frozen=True)
+class ParallelConfig:
+    shard_group: int = 0  # processes that share one copy of the weights; 0: all of them (FSDP), else hybrid sharding
+    reshard: bool = True  # give gathered weights back after each block's forward pass (ZeRO-3), or keep them (ZeRO-2)
+
+
+@dataclass(frozen=True)
+class MonitorConfig:
+    alarm: Literal["warn", "stop", "off"] = "warn"  # on signs of collapse
+    knn: str = ""  # labelled folder for k-NN accuracy in the loop
+    every: int = 0  # steps between such evaluations; 0: at every checkpoint
+    wandb: str = ""  # project of Weights & Biases to log to as well
+
+
+@dataclass(frozen=True)
+class StageConfig:
+    name: str  # for example gram or high_res
+    steps: int  # optimizer steps of this stage, after those before
+    set: dict[str, Any] = field(default_factory=dict)  # keys of this config that differ in the stage, as in key=value
 
 
 @dataclass(frozen=True)
@@ -96,3 +163,8 @@ class PretrainConfig:
     optim: OptimConfig = field(default_factory=OptimConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    gram: GramConfig = field(default_factory=GramConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    monitor: MonitorConfig = field(default_factory=MonitorConfig)
+    continue_from: str = ""  # weights that the backbone starts from: an export of ours, or DINOv2's from anywhere
+    stages: tuple[StageConfig, ...] = ()  # trained after `train.steps`, one after the other

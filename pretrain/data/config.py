@@ -1,10 +1,19 @@
 """What a training batch is made of: crops and masks (DINOv2 recipe; reference repository, `vitl16_short`)."""
 
 from dataclasses import dataclass
+from typing import Literal
 
 from runtime.errors import UserError
 
 SMALLEST_CROP = 8  # pixels; the blur kernel reaches 4 pixels to each side
+
+
+@dataclass(frozen=True)
+class SizesConfig:
+    global_size: int  # as in `CropsConfig`
+    local_size: int
+    gram_size: int = 0
+    probability: float = 1.0  # of a step to have these sizes, relative to the others
 
 
 @dataclass(frozen=True)
@@ -14,6 +23,10 @@ class CropsConfig:
     num_local: int = 8  # local crops of an image; 0: global crops only
     global_scale: tuple[float, float] = (0.32, 1.0)  # share of the image's area
     local_scale: tuple[float, float] = (0.05, 0.32)  # share of the image's area
+    gram_size: int = 0  # pixels of the global crops as the Gram teacher sees them (2x in DINOv3); 0: the same crops
+    mixed: tuple[SizesConfig, ...] = ()  # sizes drawn anew for every step, in place of the three above (DINOv3 app. C)
+    flip: float = 0.5  # probability of mirroring a crop; 0 in DINOv3
+    compat: Literal["none", "reference_blur"] = "none"  # blur as the released DINOv2 models had it: 0 / 0.9 / 0.5
 
 
 @dataclass(frozen=True)
