@@ -40,7 +40,8 @@ SHARED = ("out", "seed", "device", "workers")  # given once, at the top
 class CurateRunConfig(CurateConfig):
     """What `troodon curate` reads: the curation's own keys, and how its `bootstrap` embedder is trained."""
 
-    bootstrap: PretrainConfig = field(default_factory=PretrainConfig)  # used where embed.model is bootstrap
+    # where embed.copy.model or embed.retrieval.model is bootstrap
+    bootstrap: PretrainConfig = field(default_factory=PretrainConfig)
 
 
 @dataclass(frozen=True)
