@@ -1,11 +1,13 @@
 """How much of what was planted does curation find? Scores a manifest against a pack with truth files.
 
     python benchmarks/curation_truth.py quickset runs/quickstart/curate/manifest.parquet [--result NAME]
+        [--pack-name TEXT]
 
 PACK is a folder with `truth/*.csv` and `pool/index.parquet`. Pairs are transitive inside a group. Recall is given by
 level of the harder copy and by edit (of copies with their unedited base), precision over pairs of photographs that are
 neither planted nor unjudged, because icons, glyphs and charts resemble each other by nature. With --result the figures
-are also written to benchmarks/results/.
+are also written to benchmarks/results/, beside the thresholds, the compared pairs and the seconds of the run's summary
+and the machine that scored, which is that of the run if both ran here.
 """
 
 import argparse
@@ -18,6 +20,8 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow.parquet as pq
+
+from runtime.environment import describe
 
 PHOTOS = {"tinyimagenet", "caltech101", "flowers"}
 MOST = 400  # photographs in one group, above which all its pairs count as wrong; no group planted is as large
@@ -114,15 +118,20 @@ def main() -> None:
     parser.add_argument("pack", type=Path)
     parser.add_argument("manifest", type=Path)
     parser.add_argument("--result", metavar="NAME", help="also write benchmarks/results/NAME.json")
+    parser.add_argument("--pack-name", metavar="TEXT", help="how the result calls the pack (the folder's name)")
     args = parser.parse_args()
     result = score(args.pack, args.manifest)
     print(json.dumps(result, indent=1))
     if args.result:
         summary = args.manifest.parent / "summary.json"
         run = json.loads(summary.read_text()) if summary.is_file() else {}
-        about = ("config_hash", "manifest_sha256", "thresholds", "seconds", "versions")
+        about = {
+            name: run.get(name) for name in ("config_hash", "manifest_sha256", "thresholds", "seconds", "versions")
+        }
+        pairs = run.get("stages", {}).get("verify", {}).get("compared")
         date = datetime.datetime.now(datetime.UTC).date().isoformat()
-        result = {"date": date, "pack": args.pack.name} | result | {name: run.get(name) for name in about}
+        result = {"date": date, "pack": args.pack_name or args.pack.name} | result | about
+        result |= {"compared_pairs": pairs, "hardware": describe()}
         path = Path(__file__).parent / "results" / f"{args.result}.json"
         path.write_text(json.dumps(result, indent=1) + "\n")
 
