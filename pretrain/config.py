@@ -73,7 +73,7 @@ class LossConfig:
 
 @dataclass(frozen=True)
 class GramConfig:
-    teacher: str = ""  # export whose backbone is the Gram teacher; empty: the snapshot that this run kept
+    teacher: str = ""  # export of the Gram teacher; previous: the EMA that ended the stage before; empty: `keep_at`'s
     keep_at: float = 0.0  # share of the first stage's steps at which a snapshot is kept (0.1 to 0.2 in DINOv3); 0: none
     update_every: int = 0  # steps of a stage after which its Gram teacher becomes the EMA's backbone; 0: never
     max_updates: int = 3  # at most so often (DINOv3 sec. 4.2)
