@@ -12,20 +12,22 @@ from .schedules import StepValues
 
 
 def build_optimizer(learner: Learner, optim: OptimConfig) -> torch.optim.AdamW:
-    """Fused AdamW. Each group carries its own factors on rate and weight decay.
+    """Fused AdamW over shards or whole parameters. Each group carries its own factors on rate and weight decay.
 
-    No decay on biases, norms and LayerScale gammas; class, mask, register tokens and positions are decayed, as in the
-    reference code. The patch embedding and lower blocks learn more slowly (`patch_embed_lr`, `layer_decay`).
+    No decay on biases, norms and LayerScale gammas; class, mask and register tokens, positions and the gains of
+    prototypes are decayed, as the reference codes do. The patch embedding and lower blocks learn more slowly
+    (`patch_embed_lr`, `layer_decay`). Whatever is frozen has a rate of 0, so its moments are warm when it thaws.
     """
-    groups: dict[tuple[float, float, bool], list[Tensor]] = {}
+    groups: dict[tuple[float, float, bool, bool], list[Tensor]] = {}
     for name, parameter in learner.named_parameters():
         exempt = name.endswith((".bias", "gamma")) or "norm" in name
         factor = _rate_factor(name, optim, depth=learner.backbone.shape.depth)
-        groups.setdefault((factor, 0.0 if exempt else 1.0, "prototypes" in name), []).append(parameter)
+        group = (factor, 0.0 if exempt else 1.0, "prototypes" in name, name.startswith("backbone."))
+        groups.setdefault(group, []).append(parameter)
     return torch.optim.AdamW(
         [
-            {"params": params, "lr_factor": factor, "wd_factor": decay, "last_layer": last}
-            for (factor, decay, last), params in groups.items()
+            {"params": params, "lr_factor": factor, "wd_factor": decay, "last_layer": last, "backbone": backbone}
+            for (factor, decay, last, backbone), params in groups.items()
         ],
         lr=0.0,
         betas=(0.9, optim.beta2),
@@ -34,14 +36,17 @@ def build_optimizer(learner: Learner, optim: OptimConfig) -> torch.optim.AdamW:
 
 
 def _rate_factor(name: str, optim: OptimConfig, *, depth: int) -> float:
-    """layer_decay^(blocks above the parameter), times the factor of the patch embedding."""
+    """layer_decay^(layers above the parameter), times the factor of the patch embedding.
+
+    Layer 0 holds the patch embedding, tokens and positions; layer i + 1 is block i; the last norms are above all.
+    """
     if not name.startswith("backbone."):
         return 1.0
     block = re.match(r"backbone\.blocks\.(\d+)\.", name)
     if block:
         layer = int(block[1]) + 1
     else:
-        layer = depth + 1 if name.startswith("backbone.norm") else 0
+        layer = 0 if re.search(r"patch_embed|pos_embed|_token", name) else depth + 1
     factor = optim.layer_decay ** (depth + 1 - layer)
     return factor * (optim.patch_embed_lr if "patch_embed" in name else 1.0)
 
@@ -49,15 +54,19 @@ def _rate_factor(name: str, optim: OptimConfig, *, depth: int) -> float:
 def set_schedule(optimizer: torch.optim.Optimizer, values: StepValues) -> None:
     """Give every group its rate and weight decay of this step."""
     for group in optimizer.param_groups:
-        group["lr"] = group["lr_factor"] * (values.last_layer_lr if group["last_layer"] else values.lr)
+        rate = values.backbone_lr if group["backbone"] else values.last_layer_lr if group["last_layer"] else values.lr
+        group["lr"] = group["lr_factor"] * rate
         group["weight_decay"] = group["wd_factor"] * values.weight_decay
 
 
 def clip_gradients(learner: nn.Module, clip: float) -> dict[str, Tensor]:
-    """Clip backbone and heads apart (as DINOv2 does); returns the norm of each before clipping."""
+    """Clip backbone and heads apart (as DINOv2 does); returns the norm of each, over all shards, before clipping."""
     norms = {}
     for name, module in learner.named_children():
         parameters = list(module.parameters())
-        norm = torch.nn.utils.clip_grad_norm_(parameters, clip if clip > 0 else float("inf"))
-        norms[f"grad_norm/{name}"] = norm.full_tensor() if isinstance(norm, DTensor) else norm
+        norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+        norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
+        if clip > 0:
+            nn.utils.clip_grads_with_norm_(parameters, clip, norm)
+        norms[f"grad_norm/{name}"] = norm
     return norms

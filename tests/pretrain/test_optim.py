@@ -55,7 +55,10 @@ def test_the_frozen_last_layer_does_not_move():
     student = learner()
     optimizer = build_optimizer(student, OptimConfig())
     before = {name: p.detach().clone() for name, p in student.named_parameters()}
-    set_schedule(optimizer, StepValues(lr=0.1, weight_decay=0.0, momentum=0.9, temperature=0.04, last_layer_lr=0.0))
+    set_schedule(
+        optimizer,
+        StepValues(lr=0.1, weight_decay=0.0, momentum=0.9, temperature=0.04, last_layer_lr=0.0, backbone_lr=0.1),
+    )
     for p in student.parameters():
         p.grad = torch.ones_like(p)
     optimizer.step()

@@ -15,7 +15,7 @@ from pretrain.schedules import StepValues
 from pretrain.state import TrainState
 from pretrain.step import NonFiniteLoss, health, student_losses, teacher_targets, train_step
 
-VALUES = StepValues(lr=1e-2, weight_decay=0.0, momentum=0.5, temperature=0.04, last_layer_lr=1e-2)
+VALUES = StepValues(lr=1e-2, weight_decay=0.0, momentum=0.5, temperature=0.04, last_layer_lr=1e-2, backbone_lr=1e-2)
 
 
 @pytest.fixture
