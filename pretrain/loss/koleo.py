@@ -1,6 +1,6 @@
 """The KoLeo regulariser (Sablayrolles et al. 2019; DINOv2 sec. 4, "KoLeo regularizer").
 
-B rows over all processes, D width.
+B rows of a process, or of all processes; D width.
 """
 
 import torch
@@ -13,22 +13,25 @@ from torch import Tensor
 EPSILON = 1e-8
 
 
-def koleo_loss(features: Tensor, *, group: dist.ProcessGroup | None = None) -> Tensor:
+def koleo_loss(features: Tensor, *, group: dist.ProcessGroup | None = None, rows: int = 0) -> Tensor:
     """-mean(log distance to the nearest other row) of L2-normalised `features` [B, D], in float32.
 
     With a process group the rows of all processes count, so that the loss does not depend on their number (DINOv2
-    takes each GPU's rows alone). Every process computes the whole loss but holds the graph of its own rows only;
-    its gradient is multiplied by the number of processes because data parallelism averages gradients. Equal row
-    counts per process are required. Fewer than two rows give 0.
+    takes each GPU's rows alone). With `rows` the nearest is sought among so many rows in a row, counted over all
+    processes (16 in DINOv3, sec. 3.2); a last group may be smaller. Every process computes the whole loss but holds
+    the graph of its own rows only; its gradient is multiplied by the number of processes because data parallelism
+    averages gradients. Equal row counts per process are required. A row that is alone in its group does not count.
     """
     with torch.autocast(features.device.type, enabled=False):
-        own = F.normalize(features.float(), dim=-1)
-        rows = own if group is None else _gather(own, group)
-        if len(rows) < 2:
-            return own.sum() * 0
+        own = F.normalize(features.to(torch.promote_types(features.dtype, torch.float32)), dim=-1)
+        unit = own if group is None else _gather(own, group)
         with torch.no_grad():
-            nearest = (rows @ rows.T).fill_diagonal_(-torch.inf).argmax(dim=1)
-        loss = -0.5 * ((rows - rows[nearest]).square().sum(-1) + EPSILON).log().mean()
+            member = torch.arange(len(unit), device=unit.device) // (rows or max(1, len(unit)))
+            cosines = (unit @ unit.T).masked_fill_(member[:, None] != member, -torch.inf).fill_diagonal_(-torch.inf)
+            best, nearest = cosines.max(dim=1) if len(unit) else (unit.new_empty(0), member)
+            counts = best > -torch.inf
+        logs = 0.5 * ((unit - unit[nearest]).square().sum(-1) + EPSILON).log()
+        loss = -(logs * counts).sum() / counts.sum().clamp_min(1)
         if group is None:
             return loss
         return loss.detach() + dist.get_world_size(group) * (loss - loss.detach())

@@ -4,6 +4,8 @@ M rows, D width, d bottleneck, K prototypes.
 """
 
 import itertools
+from collections.abc import Callable
+from typing import TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -11,35 +13,51 @@ from torch import Tensor, nn
 
 from .init import init_linear
 
+T = TypeVar("T")
+
 
 class Prototypes(nn.Module):
-    """Weight-normed linear layer d -> K with a trainable gain per prototype, as in DINOv2."""
+    """K directions of width d: with a trainable gain each (DINOv2's weight-normed layer), or plain (DINOv3)."""
 
-    def __init__(self, dim: int, num_prototypes: int):
+    def __init__(self, dim: int, num_prototypes: int, *, weight_norm: bool):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(num_prototypes, dim))
-        self.gain = nn.Parameter(torch.ones(num_prototypes, 1))
-        nn.init.trunc_normal_(self.weight, std=0.02)
+        self.gain = nn.Parameter(torch.empty(num_prototypes, 1)) if weight_norm else None
+        self.reset_parameters()
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Logits [M, K] of unit vectors [M, d]."""
-        return F.linear(x, self.gain * F.normalize(self.weight, dim=-1))
+    def reset_parameters(self) -> None:
+        nn.init.trunc_normal_(self.weight, std=0.02)
+        if self.gain is not None:
+            nn.init.ones_(self.gain)
+
+    def forward(self) -> Tensor:
+        """Effective prototypes [K, d]."""
+        if self.gain is None:
+            return self.weight
+        # One factor per row, so that autograd keeps one matrix instead of two.
+        return self.weight * (self.gain / self.weight.norm(dim=-1, keepdim=True).clamp_min(1e-12))
 
 
 class Head(nn.Module):
     """D -> hidden -> ... -> d (GELU between), normalised, then prototypes (DINO, Caron et al. 2021, app. C)."""
 
-    def __init__(self, dim: int, *, hidden: int, bottleneck: int, num_layers: int, num_prototypes: int):
+    def __init__(
+        self, dim: int, *, hidden: int, bottleneck: int, num_layers: int, num_prototypes: int, weight_norm: bool = True
+    ):
         super().__init__()
         widths = [dim] + [hidden] * (num_layers - 1) + [bottleneck]
         layers: list[nn.Module] = []
         for a, b in itertools.pairwise(widths):
             layers += [nn.Linear(a, b), nn.GELU()]
         self.mlp = nn.Sequential(*layers[:-1])
-        self.prototypes = Prototypes(bottleneck, num_prototypes)
+        self.prototypes = Prototypes(bottleneck, num_prototypes, weight_norm=weight_norm)
         init_linear(self, "reference")
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Logits [M, K] of features [M, D]."""
+    def forward(self, x: Tensor, read: Callable[[Tensor, Tensor], T] = F.linear) -> T:
+        """`read(z, w)` of features [M, D], with z [M, d] their bottleneck and w [K, d] the effective prototypes.
+
+        Without `read` these are the logits [M, K]. What needs the prototypes is handed in because they are gathered
+        from all processes only while this module's forward runs.
+        """
         # Normalised in float32: in half precision the norm of a small vector underflows.
-        return self.prototypes(F.normalize(self.mlp(x).float(), dim=-1).to(x.dtype))
+        return read(F.normalize(self.mlp(x).float(), dim=-1).to(x.dtype), self.prototypes())
