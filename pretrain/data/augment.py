@@ -2,16 +2,18 @@
 
 Two global and L local views of an image: random resized crop (bicubic), flip, color jitter, gray, blur, solarize, with
 the published probabilities. The reference code gives the blur the opposite probability by mistake (its global view 1 is
-never blurred); here it has the published one.
+never blurred), and the released models were trained so: `crops.compat=reference_blur` does the same.
+
+The Gram teacher of DINOv3 (sec. 4.3) may see the global crops at a size of its own: the same boxes, flips and colors.
 
 What happens to a view follows from its row of uniform random numbers, so drawing, cutting and coloring are apart:
 cutting is per image (torchvision on uint8), coloring is for many crops at once (color.py).
 
-C views of an image (2 + L), B images, n crops of one size, S pixels a side.
+C views of an image (2 + L, and 2 more for the Gram teacher), B images, n crops of one size, S pixels a side.
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -29,7 +31,7 @@ MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet, RGB
 
 ATTEMPTS = 10  # at a box inside the image, as torchvision's RandomResizedCrop
 ASPECT = (3 / 4, 4 / 3)  # width / height of a box
-FLIP = 0.5
+BLUR = {"none": (1.0, 0.1, 0.5), "reference_blur": (0.0, 0.9, 0.5)}  # of the first, second and local views
 JITTER, BRIGHTNESS, CONTRAST, SATURATION, HUE = 0.8, 0.4, 0.4, 0.2, 0.1
 GRAY = 0.2
 SIGMA = (0.1, 2.0)  # pixels of the crop
@@ -45,16 +47,34 @@ class View:
 
     size: int  # pixels
     scale: tuple[float, float]  # share of the image's area
-    blur: float  # probability
-    solarize: float  # probability
+    flip: float  # probability, as the next two
+    blur: float
+    solarize: float
 
 
 def views(crops: CropsConfig) -> tuple[View, ...]:
-    """Two global views, then the local ones."""
-    first = View(crops.global_size, crops.global_scale, blur=1.0, solarize=0.0)
-    second = View(crops.global_size, crops.global_scale, blur=0.1, solarize=0.2)
-    local = View(crops.local_size, crops.local_scale, blur=0.5, solarize=0.0)
-    return first, second, *[local] * crops.num_local
+    """Two global views, the local ones, and the global ones once more where the Gram teacher has its own size."""
+    blur = BLUR[crops.compat]
+    first = View(crops.global_size, crops.global_scale, crops.flip, blur[0], solarize=0.0)
+    second = View(crops.global_size, crops.global_scale, crops.flip, blur[1], solarize=0.2)
+    local = View(crops.local_size, crops.local_scale, crops.flip, blur[2], solarize=0.0)
+    gram = [replace(view, size=crops.gram_size) for view in (first, second) if crops.gram_size]
+    return first, second, *[local] * crops.num_local, *gram
+
+
+def sizes_of_step(crops: CropsConfig, *, seed: int, step: int) -> CropsConfig:
+    """`crops` with the sizes of one step: drawn from `mixed` by their probabilities, the same ones on every process.
+
+    DINOv3 app. C. Without `mixed` the sizes are those of `crops`.
+    """
+    if not crops.mixed:
+        return crops
+    ends = np.cumsum([sizes.probability for sizes in crops.mixed])
+    drawn = generator(seed, "sizes", step).random() * ends[-1]
+    sizes = crops.mixed[int(np.searchsorted(ends, drawn, side="right"))]
+    return replace(
+        crops, global_size=sizes.global_size, local_size=sizes.local_size, gram_size=sizes.gram_size, mixed=()
+    )
 
 
 def min_side(crops: CropsConfig) -> int:
@@ -62,9 +82,10 @@ def min_side(crops: CropsConfig) -> int:
     return max(math.ceil(view.size / math.sqrt(view.scale[0] * ASPECT[0])) for view in views(crops))
 
 
-def draw(seed: int, epoch: int, sample: int, *, num_views: int) -> np.ndarray:
+def draw(seed: int, epoch: int, sample: int, *, crops: CropsConfig) -> np.ndarray:
     """The uniform random numbers [C, BOX_NUMBERS + COLOR_NUMBERS] that decide over the views of one sample."""
-    return generator(seed, "crops", epoch, sample).random((num_views, BOX_NUMBERS + COLOR_NUMBERS))
+    numbers = generator(seed, "crops", epoch, sample).random((2 + crops.num_local, BOX_NUMBERS + COLOR_NUMBERS))
+    return np.concatenate([numbers, numbers[:2]]) if crops.gram_size else numbers
 
 
 def cut(image: Image.Image, numbers: np.ndarray, views: tuple[View, ...]) -> list[Tensor]:
@@ -108,7 +129,7 @@ def _recolor(images: Tensor, crops: Tensor, numbers: np.ndarray, view: View) -> 
     """`recolor` of a few crops, written to `images`."""
     flip, jitter, gray, blur, solarize, sigma = numbers[:, :6].T
     torch.div(crops, 255, out=images)
-    _change(images, flip < FLIP, lambda chosen, _: chosen.flip(-1))
+    _change(images, flip < view.flip, lambda chosen, _: chosen.flip(-1))
     _jitter(images, jitter < JITTER, order=numbers[:, 6:10].argsort(1), strengths=numbers[:, 10:14])
     _change(images, gray < GRAY, lambda chosen, _: color.gray(chosen).expand_as(chosen))
     _change(images, blur < view.blur, color.blur, SIGMA[0] + (SIGMA[1] - SIGMA[0]) * sigma)

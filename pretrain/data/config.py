@@ -10,9 +10,9 @@ SMALLEST_CROP = 8  # pixels; the blur kernel reaches 4 pixels to each side
 
 @dataclass(frozen=True)
 class SizesConfig:
-    global_size: int  # as in `CropsConfig`
-    local_size: int
-    gram_size: int = 0
+    global_size: int  # pixels, as in `CropsConfig`
+    local_size: int  # pixels
+    gram_size: int = 0  # pixels
     probability: float = 1.0  # of a step to have these sizes, relative to the others
 
 
@@ -42,16 +42,14 @@ def check(crops: CropsConfig, mask: MaskConfig, *, patch_size: int) -> None:
         raise UserError(f"model.patch_size: found {patch_size}; expected 1 or more")
     if crops.num_local < 0:
         raise UserError(f"crops.num_local: found {crops.num_local}; expected 0 or more")
-    sizes = [("crops.global_size", crops.global_size), ("crops.local_size", crops.local_size)]
-    for name, size in sizes if crops.num_local else sizes[:1]:
-        if size < SMALLEST_CROP:
-            raise UserError(f"{name}: found {size}; expected at least {SMALLEST_CROP} pixels")
-        if size % patch_size:
-            below = max(size // patch_size, 1) * patch_size
-            raise UserError(
-                f"{name}: {size} is not a multiple of model.patch_size {patch_size}\n"
-                f"  try {below} or {below + patch_size}"
-            )
+    _check_sizes("crops", crops, num_local=crops.num_local, patch_size=patch_size)
+    for number, sizes in enumerate(crops.mixed):
+        _check_sizes(f"crops.mixed[{number}]", sizes, num_local=crops.num_local, patch_size=patch_size)
+    probabilities = [sizes.probability for sizes in crops.mixed]
+    if crops.mixed and (min(probabilities) < 0 or not sum(probabilities)):
+        raise UserError(f"crops.mixed: found probabilities {probabilities}; expected 0 or more, and one above 0")
+    if not 0 <= crops.flip <= 1:
+        raise UserError(f"crops.flip: found {crops.flip}; expected 0 to 1")
     for name, (low, high) in (("global_scale", crops.global_scale), ("local_scale", crops.local_scale)):
         if not 0 < low <= high <= 1:
             raise UserError(f"crops.{name}: found [{low}, {high}]; expected 0 < first <= second <= 1")
@@ -61,3 +59,20 @@ def check(crops: CropsConfig, mask: MaskConfig, *, patch_size: int) -> None:
         raise UserError(
             f"mask: found ratios {mask.ratio_min} to {mask.ratio_max}; expected 0 <= ratio_min <= ratio_max <= 1"
         )
+
+
+def _check_sizes(where: str, sizes: CropsConfig | SizesConfig, *, num_local: int, patch_size: int) -> None:
+    named = {"global_size": sizes.global_size}
+    if num_local:
+        named["local_size"] = sizes.local_size
+    if sizes.gram_size:
+        named["gram_size"] = sizes.gram_size
+    for name, size in named.items():
+        if size < SMALLEST_CROP:
+            raise UserError(f"{where}.{name}: found {size}; expected at least {SMALLEST_CROP} pixels")
+        if size % patch_size:
+            below = max(size // patch_size, 1) * patch_size
+            raise UserError(
+                f"{where}.{name}: {size} is not a multiple of model.patch_size {patch_size}\n"
+                f"  try {below} or {below + patch_size}"
+            )

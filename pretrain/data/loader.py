@@ -22,7 +22,7 @@ from imaging.decode import Rejected, decode
 from runtime.errors import UserError
 from runtime.signals import SIGNALS
 
-from .augment import BOX_NUMBERS, cut, draw, min_side, recolor, views
+from .augment import BOX_NUMBERS, cut, draw, min_side, recolor, sizes_of_step, views
 from .batch import Batch
 from .config import CropsConfig, MaskConfig, check
 from .masks import draw_masks
@@ -100,38 +100,46 @@ class Steps(Dataset):
 
     def batch(self, step: int) -> Batch:
         """The batch of `step` for this rank."""
+        crops = sizes_of_step(self.crops, seed=self.seed, step=step)
         size = self.batch_size // self.world_size
         slots = np.arange(size) + self.rank * size  # [B] of the global batch
         places = step * self.batch_size + slots
-        recipe = views(self.crops)
+        recipe, shortest = views(crops), min_side(crops)
         skipped: list[str] = []
-        samples, crops, numbers = [], [], []
+        samples, pixels, numbers = [], [], []
         for place, sample in zip(places.tolist(), self.samples_at(places), strict=True):
-            image, place, sample = self.decodable(place, sample, skipped)
-            drawn = draw(self.seed, place // len(self.shards), sample, num_views=len(recipe))
-            crops.append(cut(image, drawn[:, :BOX_NUMBERS], recipe))
+            image, place, sample = self.decodable(place, sample, skipped, shortest)
+            drawn = draw(self.seed, place // len(self.shards), sample, crops=crops)
+            pixels.append(cut(image, drawn[:, :BOX_NUMBERS], recipe))
             numbers.append(drawn[:, BOX_NUMBERS:])
             samples.append(sample)
-        global_crops = torch.empty(2 * size, 3, self.crops.global_size, self.crops.global_size)
-        local_crops = torch.empty(self.crops.num_local * size, 3, self.crops.local_size, self.crops.local_size)
-        for chosen, out in ((range(1), global_crops[:size]), (range(1, 2), global_crops[size:]),
-                            (range(2, len(recipe)), local_crops)):  # fmt: skip
-            if chosen:
-                pixels = torch.stack([row[i] for i in chosen for row in crops])  # [views alike * B, 3, S, S]
-                colors = np.stack([row[i] for i in chosen for row in numbers])
-                recolor(pixels, colors, recipe[chosen[0]], out=out)
+
+        def finished(kinds: range) -> Tensor:
+            """The crops [kinds * B, 3, S, S] of some views of one size."""
+            sizes = {recipe[i].size for i in kinds} or {crops.local_size}
+            (side,) = sizes
+            out = torch.empty(len(kinds) * size, 3, side, side)
+            for number, i in enumerate(kinds):
+                part = out[number * size : (number + 1) * size]
+                recolor(
+                    torch.stack([row[i] for row in pixels]), np.stack([row[i] for row in numbers]), recipe[i], out=part
+                )
+            return out
+
+        num_local = self.crops.num_local
         return Batch(
-            global_crops=global_crops,
-            local_crops=local_crops,
-            masks=self.masks(step, slots),
+            global_crops=finished(range(2)),
+            local_crops=finished(range(2, 2 + num_local)),
+            masks=self.masks(step, slots, side=crops.global_size // self.patch_size),
             samples=torch.tensor(samples),
             skipped=tuple(skipped),
+            gram_crops=finished(range(2 + num_local, 4 + num_local)) if crops.gram_size else None,
         )
 
     def samples_at(self, places: np.ndarray) -> list[int]:
         return samples_at(self.seed, places, len(self.shards)).tolist()
 
-    def decodable(self, place: int, sample: int, skipped: list[str]) -> tuple[Image.Image, int, int]:
+    def decodable(self, place: int, sample: int, skipped: list[str], shortest: int) -> tuple[Image.Image, int, int]:
         """The image `sample` at `place` of the endless sequence, with its place and number.
 
         One that cannot be decoded is named in `skipped` and replaced by the one that has its slot in the next batch,
@@ -140,7 +148,7 @@ class Steps(Dataset):
         for _ in range(ATTEMPTS):
             key, data = self.shards.read(sample)
             try:
-                image, _ = decode(data, min_side=min_side(self.crops))
+                image, _ = decode(data, min_side=shortest)
                 return image, place, sample
             except Rejected as error:
                 skipped.append(f"{key}: {error.reason}")
@@ -148,9 +156,8 @@ class Steps(Dataset):
             (sample,) = self.samples_at(np.array([place]))
         raise UserError(f"data.shards: {ATTEMPTS} images in a row cannot be decoded, first {skipped[-ATTEMPTS]}")
 
-    def masks(self, step: int, slots: np.ndarray) -> Tensor:
+    def masks(self, step: int, slots: np.ndarray, *, side: int) -> Tensor:
         """Masks [2 * B, N] of this rank's global crops; those of all ranks are numbered first crops, then second."""
-        side = self.crops.global_size // self.patch_size
         numbers = np.concatenate([slots, self.batch_size + slots])
         return draw_masks(
             self.seed, step, num_crops=2 * self.batch_size, crops=numbers, grid=(side, side), config=self.mask

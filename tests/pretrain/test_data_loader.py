@@ -19,7 +19,7 @@ import torch
 from PIL import Image
 
 from pretrain.data.batch import Batch
-from pretrain.data.config import CropsConfig, MaskConfig
+from pretrain.data.config import CropsConfig, MaskConfig, SizesConfig
 from pretrain.data.loader import batches
 from pretrain.data.order import samples_at
 from pretrain.data.shards import ShardSet
@@ -207,6 +207,41 @@ def test_one_image_makes_a_batch(tmp_path):
     assert not torch.equal(batch.global_crops[0], batch.global_crops[1])  # another epoch, other crops
 
 
+def test_parts_of_a_batch_keep_every_image_with_its_crops(pool):
+    (batch,) = load(pool, num_steps=1, crops=CropsConfig(16, 8, 3, gram_size=32))
+    parts = batch.split(4)
+    assert [len(part.samples) for part in parts] == [2] * 4
+    for name in ("global_crops", "local_crops", "masks", "gram_crops", "samples"):
+        whole = getattr(batch, name).unflatten(0, (-1, 8))  # [views, B, ...]
+        for i, part in enumerate(parts):
+            assert torch.equal(getattr(part, name).unflatten(0, (-1, 2)), whole[:, 2 * i : 2 * i + 2]), name
+    assert_equal(batch.split(1)[0], batch)
+    marked = dataclasses.replace(batch, skipped=("k: truncated",), position="here", gram_crops=None)
+    assert [part.skipped for part in marked.split(2)] == [("k: truncated",), ()]
+    assert [(part.position, part.gram_crops) for part in marked.split(2)] == [("here", None)] * 2
+    with pytest.raises(ValueError, match="8 images do not divide into 3 parts"):
+        batch.split(3)
+    (batch,) = load(pool, num_steps=1, crops=CropsConfig(16, 8, 0))
+    assert [part.local_crops.shape for part in batch.split(2)] == [(0, 3, 8, 8)] * 2
+
+
+def test_sizes_change_from_step_to_step_but_not_from_rank_to_rank(pool):
+    mixed = (SizesConfig(16, 8, 0), SizesConfig(24, 12, 48))
+    crops = CropsConfig(16, 8, 2, mixed=mixed)
+    whole = load(pool, num_steps=8, crops=crops)
+    sizes = [(b.global_crops.shape[-1], b.local_crops.shape[-1], b.masks.shape[-1]) for b in whole]
+    assert set(sizes) == {(16, 8, 16), (24, 12, 36)}
+    parts = [load(pool, num_steps=8, crops=crops, world_rank=rank, world_size=2) for rank in (0, 1)]
+    for batch, *each in zip(whole, *parts, strict=True):
+        assert (batch.gram_crops is None) == (batch.global_crops.shape[-1] == 16)
+        both = [part.global_crops.unflatten(0, (2, 4)) for part in each]
+        assert torch.equal(torch.cat(both, 1).flatten(0, 1), batch.global_crops)
+        if batch.gram_crops is not None:
+            assert batch.gram_crops.shape == (16, 3, 48, 48)
+    for one, two in zip(whole[5:], load(pool, start_step=5, num_steps=3, crops=crops), strict=True):
+        assert_equal(one, two)  # a resumed run draws the same sizes
+
+
 def test_no_steps_left(pool):
     assert load(pool, start_step=5, num_steps=0, num_workers=2) == []
 
@@ -221,6 +256,13 @@ def test_no_steps_left(pool):
         ({"crops": CropsConfig(16, 4, 2)}, "crops.local_size: found 4"),
         ({"crops": CropsConfig(16, 8, 2, (0.5, 0.2))}, "crops.global_scale: found"),
         ({"crops": CropsConfig(16, 8, 2, (0.5, 1), (0, 0.2))}, "crops.local_scale: found"),
+        ({"crops": CropsConfig(16, 8, 2, gram_size=30)}, "crops.gram_size: 30 is not a multiple"),
+        (
+            {"crops": CropsConfig(16, 8, 2, mixed=(SizesConfig(16, 8), SizesConfig(18, 8)))},
+            "crops.mixed[1].global_size: 18 is not a multiple",
+        ),
+        ({"crops": CropsConfig(16, 8, 2, mixed=(SizesConfig(16, 8, probability=0),))}, "crops.mixed: found"),
+        ({"crops": CropsConfig(16, 8, 2, flip=2)}, "crops.flip: found 2"),
         ({"mask": MaskConfig(1.5)}, "mask.probability: found 1.5"),
         ({"mask": MaskConfig(0.5, 0.6, 0.3)}, "ratio_min"),
         ({"world_size": 3}, "train.batch_size: 8 is not a multiple of the 3 processes"),
