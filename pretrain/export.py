@@ -1,9 +1,13 @@
 """Exports: what others need to use a model (`backbone`) or to continue and distil it (`teacher`, with heads).
 
-A folder with `model.safetensors` (names `backbone.*`, `dino_head.*`, `ibot_head.*`) and `card.json`.
+A folder with `model.safetensors` (names `backbone.*`, `dino_head.*`, `ibot_head.*`, `centers.*`) and `card.json`. To go
+on training with the optimizer's moments takes the checkpoint itself; an export is what is given to others.
+
+K prototypes.
 """
 
 import dataclasses
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -14,12 +18,13 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
 from runtime.config import build, to_dict
+from runtime.environment import describe as describe_environment
 from runtime.errors import UserError
-from runtime.files import read_json, replacing, write_json
+from runtime.files import locate, read_json, replacing, sha256, write_json
 
 from .build import Learner, build_learner
 from .checkpoint import checkpoints, step_name
-from .config import HeadsConfig, PretrainConfig
+from .config import DataConfig, HeadsConfig, PretrainConfig
 from .data.augment import MEAN, STD
 from .model.vit import Shape, VisionTransformer
 
@@ -35,27 +40,65 @@ def export_learner(
     step: int,
     data: dict[str, Any],
     metrics: dict[str, float],
+    centers: Mapping[str, Tensor] | None = None,
+    origin: dict[str, Any] | None = None,
 ) -> Path:
-    """Write a `teacher` export. Collective when the learner is sharded; rank 0 writes."""
+    """Write a `teacher` export. Collective when the learner is sharded; rank 0 writes.
+
+    centers: float32 [K] of `cls` and `patches`, where targets were centred (`TrainState.centers`).
+    origin: what `read_origin` says of the weights that the run started from.
+    """
     options = StateDictOptions(full_state_dict=True, cpu_offload=True)
     weights = cast(dict[str, Tensor], get_model_state_dict(learner, options=options))
     if weights:  # empty on all ranks but the first
+        weights |= {f"centers.{name}": center for name, center in (centers or {}).items()}
         card = {
-            "format": FORMAT,
-            "kind": "teacher",
-            "model": {**dataclasses.asdict(learner.backbone.shape), "layerscale": True},
+            **_card("teacher", learner.backbone.shape, image_size=config.crops.global_size, origin=origin),
             "heads": dataclasses.asdict(config.heads),
-            "image_size": config.crops.global_size,
-            "mean": MEAN,
-            "std": STD,
             "step": step,
             "data": data,
             "metrics": metrics,
-            "license": "",
             "config": to_dict(config),
         }
         write_export(folder, weights, card)
     return folder
+
+
+def export_backbone(folder: Path, shape: Shape, weights: Mapping[str, Tensor], *, origin: dict[str, Any]) -> Path:
+    """Write a `backbone` export of weights from elsewhere, named as in `VisionTransformer`."""
+    card = _card("backbone", shape, image_size=shape.image_size, origin=origin)
+    write_export(folder, {f"backbone.{name}": w for name, w in weights.items()}, card)
+    return folder
+
+
+def _card(kind: Kind, shape: Shape, *, image_size: int, origin: dict[str, Any] | None) -> dict[str, Any]:
+    """What every card says. `license` is that of these weights: for whoever gives them away to fill in."""
+    about = describe_environment()
+    return {
+        "format": FORMAT,
+        "kind": kind,
+        "model": {**dataclasses.asdict(shape), "layerscale": True},
+        "image_size": image_size,
+        "mean": MEAN,
+        "std": STD,
+        "license": (origin or {}).get("license", ""),
+        "origin": origin,
+        "versions": {"troodon": about["troodon"], "torch": about["packages"]["torch"]},
+    }
+
+
+def describe_data(data: DataConfig, *, fingerprint: str, samples: int | None) -> dict[str, Any]:
+    """What a card says of the images: where they lay, their fingerprint, and the SHA-256 of our manifests of them."""
+    paths = [*data.shards, *(path for each in data.sets for path in each.shards)]
+    found = {path: locate(path) / "manifest.json" for path in paths if "://" not in path}
+    manifests = {path: sha256(manifest) for path, manifest in found.items() if manifest.is_file()}
+    return {"fingerprint": fingerprint, "samples": samples, "shards": paths, "manifests": manifests}
+
+
+def read_origin(run: Path) -> dict[str, Any] | None:
+    """What `start_from` wrote of the weights that a run started from; None for a run from scratch."""
+    path = run / "origin.json"
+    return read_json(path) if path.is_file() else None
 
 
 def write_export(folder: Path, weights: dict[str, Tensor], card: dict[str, Any]) -> None:
@@ -97,8 +140,14 @@ def load_teacher(folder: Path | str, device: str | torch.device = "cpu") -> tupl
     learner = build_learner(
         config.model, build(HeadsConfig, card["heads"]), image_size=shape_of(card).image_size, seed=config.seed
     )
-    _load(learner, weights, folder)
+    _load(learner, {n: w for n, w in weights.items() if not n.startswith("centers.")}, folder)
     return learner.eval().requires_grad_(False).to(device), card
+
+
+def load_centers(folder: Path | str) -> dict[str, Tensor]:
+    """The moving centres of a teacher's outputs, float32 [K] of `cls` and `patches`; empty for one without."""
+    weights, _ = read_export(Path(folder))
+    return {name.removeprefix("centers."): w for name, w in weights.items() if name.startswith("centers.")}
 
 
 def random_backbone(folder: Path | str, seed: int, device: str | torch.device = "cpu") -> VisionTransformer:
@@ -145,7 +194,8 @@ def _from_checkpoint(source: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     learner, config, step, data = restore(source, run / "config.yaml")
     folder = run / "exports" / step_name(step)
     if not folder.is_dir():
-        export_learner(learner, folder, config, step=step, data={"fingerprint": data}, metrics={})
+        about = describe_data(config.data, fingerprint=data, samples=None)
+        export_learner(learner, folder, config, step=step, data=about, metrics={}, origin=read_origin(run))
     return read_export(folder)
 
 
