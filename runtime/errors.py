@@ -12,3 +12,7 @@ class UserError(ValueError):
 
 class Stopped(Exception):
     """The run was asked to stop (signal); its state is saved and the same command goes on."""
+
+
+class Failed(RuntimeError):
+    """The run cannot go on, though the input was right. The text says in one to three lines why and what to do."""

@@ -66,6 +66,16 @@ def write_array(path: Path, array: Any) -> None:
         numpy.save(file, array, allow_pickle=False)
 
 
+def sync(folder: Path, *, files: bool = True) -> None:
+    """Have the disk hold a folder's entries, and the files in it, before something is built on them."""
+    for path in [*(sorted(folder.iterdir()) if files else ()), folder]:
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
 def sha256(path: Path) -> str:
     """SHA-256 of a file's bytes, in hex."""
     with path.open("rb") as file:

@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from runtime.environment import check_python
-from runtime.errors import EXIT_FAILED, EXIT_RESUMABLE, EXIT_USER, Stopped, UserError
+from runtime.errors import EXIT_FAILED, EXIT_RESUMABLE, EXIT_USER, Failed, Stopped, UserError
 
 from .explain_verb import joined
 from .verbs import EXIT_INTERRUPTED, add_verbs
@@ -54,6 +54,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return run_verb(parse(arguments))
     except UserError as error:
         return fail(error, arguments, EXIT_USER)
+    except Failed as reason:
+        return fail(reason, arguments, EXIT_FAILED)
     except Stopped as reason:
         return fail(f"stopped: {reason}; what is done stays done, the same command goes on", arguments, EXIT_RESUMABLE)
     except KeyboardInterrupt:
