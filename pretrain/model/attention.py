@@ -1,48 +1,79 @@
-"""Self-attention over packed tokens: every sequence attends to itself only.
+"""Attention over packed tokens, where every sequence attends to itself only: one signature, several backends.
 
-T tokens, S sequences of L tokens, H heads, E width of a head, D = H * E.
+T tokens, S sequences of L tokens, Q queries, H heads, E width of a head.
 """
+
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
-from .packed import PackedTokens
-
-Groups = tuple[tuple[int, int], ...]
+from .packed import Groups
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, groups: Groups) -> Tensor:
-    """softmax(q k^T / sqrt(E)) v within each sequence; q, k, v and the result are [T, H, E].
+class Attend(Protocol):
+    """Attention over sequences of known lengths, prepared once and used by many blocks."""
 
-    One batched call per run of equally long sequences, which multi-crop batches always have. In bfloat16 on a CPU
-    the products are written out: PyTorch's fused backward is about three times slower there (docs/decisions.md).
+    def __init__(self, groups: Groups, num_queries: Tensor | None, device: torch.device):
+        """groups: of keys and values. num_queries: int64 [S], of each sequence; None: every token asks."""
+        ...
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """softmax(q k^T / sqrt(E)) v within each sequence: [Q, H, E] of q [Q, H, E] and k, v [T, H, E]."""
+        ...
+
+
+class Sdpa:
+    """One batched call per run of equally long sequences, which multi-crop batches always have; runs anywhere.
+
+    Where some sequences of a run have fewer queries than others, these are padded. In bfloat16 on a CPU the products
+    are written out: PyTorch's fused backward is about three times slower there (docs/decisions.md).
     """
-    sizes = [count * length for count, length in groups]
-    fused = not (q.device.type == "cpu" and q.dtype == torch.bfloat16)
-    outputs = []
-    # split, not slices: the backward of each slice would fill a gradient of full size.
-    for qs, ks, vs, group in zip(q.split(sizes), k.split(sizes), v.split(sizes), groups, strict=True):
-        qh, kh, vh = (x.unflatten(0, group).transpose(1, 2) for x in (qs, ks, vs))  # [S, H, L, E]
-        if fused:
-            out = F.scaled_dot_product_attention(qh, kh, vh)
+
+    def __init__(self, groups: Groups, num_queries: Tensor | None, device: torch.device):
+        self.groups = groups
+        self.sizes = [count * length for count, length in groups]
+        if num_queries is None:
+            self.num_queries, self.padding = self.sizes, [None] * len(groups)
         else:
-            out = ((qh * qh.shape[-1] ** -0.5) @ kh.transpose(-2, -1)).softmax(dim=-1) @ vh
-        outputs.append(out.transpose(1, 2).flatten(0, 1))  # [S * L, H, E]
-    return torch.cat(outputs)
+            counts = num_queries.split([count for count, _ in groups])
+            self.num_queries = [int(each.sum()) for each in counts]
+            self.padding = [_padding(each, device) for each in counts]
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        outputs = []
+        # split, not slices: the backward of each slice would fill a gradient of full size.
+        parts = zip(q.split(self.num_queries), k.split(self.sizes), v.split(self.sizes), strict=True)
+        for (qs, ks, vs), group, padding in zip(parts, self.groups, self.padding, strict=True):
+            if padding is None:
+                outputs.append(_batched(qs, ks, vs, group[0]))
+            else:
+                rows, real = padding
+                outputs.append(_batched(qs.index_select(0, rows), ks, vs, group[0]).index_select(0, real))
+        return torch.cat(outputs)
 
 
-class Attention(nn.Module):
-    """Multi-head self-attention; parameter names as in the public DINOv2 checkpoints."""
+def _batched(q: Tensor, k: Tensor, v: Tensor, num_sequences: int) -> Tensor:
+    """Attention within sequences with equally many queries each, and equally many keys each."""
+    q, k, v = (x.unflatten(0, (num_sequences, -1)).transpose(1, 2) for x in (q, k, v))  # [S, H, L, E]
+    if q.device.type == "cpu" and q.dtype == torch.bfloat16:
+        out = ((q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)).softmax(dim=-1) @ v
+    else:
+        out = F.scaled_dot_product_attention(q, k, v)
+    return out.transpose(1, 2).flatten(0, 1)
 
-    def __init__(self, dim: int, num_heads: int):
-        super().__init__()
-        self.num_heads = num_heads
-        self.qkv = nn.Linear(dim, 3 * dim)
-        self.proj = nn.Linear(dim, dim)
 
-    def forward(self, tokens: PackedTokens) -> Tensor:
-        """[T, D] from tokens [T, D]."""
-        qkv = self.qkv(tokens.values).unflatten(-1, (3, self.num_heads, -1))  # [T, 3, H, E]
-        q, k, v = qkv.unbind(1)
-        return self.proj(attend(q, k, v, tokens.groups).flatten(1))
+def _padding(counts: Tensor, device: torch.device) -> tuple[Tensor, Tensor] | None:
+    """For sequences with `counts` [S] rows each: the rows that fill [S, longest], flat, and where the real ones stand.
+
+    None where all are equally long.
+    """
+    longest = int(counts.max())
+    if int(counts.min()) == longest:
+        return None
+    place = torch.arange(longest, device=counts.device)
+    starts = counts.cumsum(0) - counts
+    rows = starts[:, None] + torch.minimum(place, counts[:, None] - 1)  # the last row again and again
+    real = (place < counts[:, None]).flatten().nonzero()[:, 0]
+    return rows.flatten().to(device), real.to(device)

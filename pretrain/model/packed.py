@@ -4,23 +4,42 @@ S sequences, L tokens of one sequence, T = sum of all L, D width.
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from itertools import groupby
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+Groups = tuple[tuple[int, int], ...]  # runs of sequences of equal length: (number of sequences, their length)
+
 
 class PackedTokens(NamedTuple):
-    """Tokens of many sequences, one after the other. A NamedTuple, so that FSDP2's hooks find the tensor in it."""
+    """Tokens of many sequences, one after the other."""
 
     values: Tensor  # [T, D]
-    groups: tuple[tuple[int, int], ...]  # runs of sequences of equal length: (number of sequences, their length)
+    groups: Groups
 
     @property
     def cu_seqlens(self) -> Tensor:
         """Where each sequence starts, and T: int32 [S + 1], on the tokens' device."""
         lengths = torch.cat([torch.full((count,), length) for count, length in self.groups])
         return torch.nn.functional.pad(lengths.cumsum(0), (1, 0)).to(self.values.device, torch.int32)
+
+    @classmethod
+    def from_nested(cls, nested: Tensor) -> "PackedTokens":
+        """The tokens of a jagged `torch.nested` tensor [S, L of each, D], without a copy."""
+        jagged: Any = nested  # its methods are missing from torch's type stubs
+        if nested.layout != torch.jagged or nested.dim() != 3 or jagged.lengths() is not None:
+            raise ValueError(
+                f"packed tokens: found layout {nested.layout} with {nested.dim()} dimensions; expected a nested tensor "
+                "[S, L, D] with layout=torch.jagged and no holes between its sequences"
+            )
+        lengths = jagged.offsets().diff().tolist()
+        return cls(nested.values(), tuple((len(list(run)), length) for length, run in groupby(lengths)))
+
+    def to_nested(self) -> Tensor:
+        """A jagged `torch.nested` tensor [S, L of each, D] over the same memory."""
+        return torch.nested.nested_tensor_from_jagged(self.values, offsets=self.cu_seqlens.long())
 
 
 def pack(batches: Sequence[Tensor]) -> PackedTokens:

@@ -3,8 +3,13 @@
 import pytest
 import torch
 
+from pretrain.model.attention import Sdpa
+from pretrain.model.noise import Noise, draw_kept
 from pretrain.model.packed import pack, unpack
-from pretrain.model.vit import Shape, VisionTransformer, keep_sequences
+from pretrain.model.rows import block_rows
+from pretrain.model.vit import Shape, VisionTransformer
+
+CPU = torch.device("cpu")
 
 SHAPE = Shape(dim=32, depth=3, num_heads=4, patch_size=8, image_size=32, num_registers=2, ffn="mlp", mlp_ratio=4.0)
 
@@ -86,25 +91,82 @@ def test_positions_keep_their_table_at_the_native_size_and_resize_elsewhere(mode
     assert model.positions(2, 7)[1].shape == (1, 14, 32)
 
 
-def test_stochastic_depth_keeps_whole_sequences_and_the_expectation():
-    """Kept rows are whole sequences of each group, and the mean update over many draws is the full update."""
-    packed = pack([torch.arange(8.0).reshape(4, 2, 1), torch.arange(100.0, 106).reshape(2, 3, 1)])
-    torch.manual_seed(0)
-    total = torch.zeros(14)
-    draws = 4000
-    for _ in range(draws):
-        kept, rows, scale = keep_sequences(packed, 0.5)
-        assert kept.groups == ((2, 2), (1, 3))
-        assert torch.equal(kept.values, packed.values[rows])
-        total.index_add_(0, rows, scale)
-    assert torch.allclose(total / draws, torch.ones(14), atol=0.08)
+def test_stochastic_depth_keeps_an_exact_share_and_the_expectation():
+    """Each draw keeps the same number of sequences, and over many draws each sequence equally often."""
+    kept = draw_kept(Noise(rope=0, drop=0), group=0, num_sequences=5, drop=0.4, draws=4000)
+    assert kept.shape == (4000, 3)
+    assert (kept.diff(dim=1) > 0).all()
+    assert torch.allclose(kept.flatten().bincount() / 4000, torch.full((5,), 0.6), atol=0.04)
 
 
-def test_drop_path_is_off_in_eval_and_changes_training():
+def test_a_group_keeps_the_same_sequences_whatever_is_packed_with_it():
+    noise = Noise(rope=0, drop=3)
+    alone, together = (block_rows(groups, Sdpa, depth=2, device=CPU, drop=0.5, noise=noise) for groups in (
+        ((4, 5),), ((4, 5), (6, 3))
+    ))  # fmt: skip
+    for one, two in zip(alone, together, strict=True):
+        for branch, other in ((one.attention, two.attention), (one.feed_forward, two.feed_forward)):
+            assert torch.equal(branch.read, other.read[: len(branch.read)])
+            assert other.read[len(branch.read) :].min() >= 20
+
+
+def oracle(model, images, masks, noise):
+    """The forward pass with stochastic depth as a dense factor on every sequence: S / kept, or 0 where not kept."""
+    factors = [
+        [torch.zeros(len(x)).index_fill_(0, kept, len(x) / kept.numel()) for kept in draw_kept(
+            noise, group=i, num_sequences=len(x), drop=model.drop_path, draws=2 * len(model.blocks)
+        )]
+        for i, x in enumerate(images)
+    ]  # fmt: skip
+    features = []
+    for x, mask, factor in zip(images, masks, factors, strict=True):
+        tokens = model._tokens(x, mask)
+        for number, block in enumerate(model.blocks):
+            attention, feed_forward = (f[:, None, None] for f in factor[2 * number : 2 * number + 2])
+            qkv = block.attn.qkv(block.norm1(tokens)).unflatten(-1, (3, block.attn.num_heads, -1)).unbind(2)
+            q, k, v = (each.transpose(1, 2) for each in qkv)
+            out = torch.nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+            tokens = tokens + attention * block.ls1.gamma * block.attn.proj(out)
+            tokens = tokens + feed_forward * block.ls2.gamma * block.mlp(block.norm2(tokens))
+        features.append(model.norm(tokens))
+    return features
+
+
+@pytest.mark.parametrize("drop", [0.0, 0.5, 0.9])
+@pytest.mark.parametrize("prune", [False, True])
+def test_stochastic_depth_and_pruning_equal_a_dense_mask(drop, prune):
+    """Features and gradients, with groups whose factors differ (4 / 2 and 5 / 2), uneven numbers of wanted patches."""
     torch.manual_seed(0)
-    model = VisionTransformer(SHAPE, drop_path=0.5, layerscale=1.0)
-    images = torch.randn(8, 3, 32, 32)
-    model.eval()
-    assert torch.equal(model.forward_features(images).cls, model.forward_features(images).cls)
-    model.train()
-    assert not torch.equal(model.forward_features(images).cls, model.forward_features(images).cls)
+    model = VisionTransformer(SHAPE, drop_path=drop, layerscale=0.7).train()
+    images = [torch.randn(4, 3, 32, 32), torch.randn(5, 3, 16, 16), torch.randn(1, 3, 16, 32)]
+    masks = [torch.rand(4, 16) < 0.4, None, None]
+    wanted = [torch.rand(4, 16) < torch.tensor([0.0, 0.2, 0.5, 1.0])[:, None], None, torch.ones(1, 8) > 0]
+    noise = Noise(rope=1, drop=2)
+    expected = oracle(model, images, masks, noise)
+    features = model(images, masks, wanted=wanted if prune else None, noise=noise)
+    for i, (found, whole) in enumerate(zip(features, expected, strict=True)):
+        assert torch.allclose(found.cls, whole[:, 0], atol=1e-5)
+        if prune:
+            asked = whole[:, 3:][wanted[i]] if wanted[i] is not None else whole[:0, 0]
+            assert found.registers.shape == (len(whole), 0, 32)
+            assert torch.allclose(found.patches, asked, atol=1e-5)
+        else:
+            asked = whole[:, 3:]
+            assert torch.allclose(found.registers, whole[:, 1:3], atol=1e-5)
+            assert torch.allclose(found.patches, asked, atol=1e-5)
+        expected[i] = whole[:, 0].square().sum() + asked.sin().sum()
+    found_loss = sum(f.cls.square().sum() + f.patches.sin().sum() for f in features)
+    parameters = list(model.parameters())
+    found, reference = (
+        torch.cat([g.flatten() for g in torch.autograd.grad(loss, parameters, allow_unused=True) if g is not None])
+        for loss in (found_loss, sum(expected))
+    )
+    assert (found - reference).norm() <= 1e-5 * reference.norm()
+
+
+def test_without_noise_training_drops_nothing():
+    model = VisionTransformer(SHAPE, drop_path=0.5, layerscale=1.0).train()
+    images = [torch.randn(8, 3, 32, 32)]
+    first, second = model(images), model(images, noise=Noise(rope=0, drop=0))
+    assert torch.equal(first[0].cls, model(images)[0].cls)
+    assert not torch.equal(first[0].cls, second[0].cls)
