@@ -159,7 +159,9 @@ def random_backbone(folder: Path | str, seed: int, device: str | torch.device = 
 
 
 def shape_of(card: dict[str, Any]) -> Shape:
-    return Shape(**{field.name: card["model"][field.name] for field in dataclasses.fields(Shape)})
+    """The shape of a card; fields that came after it have their defaults."""
+    known = {field.name for field in dataclasses.fields(Shape)}
+    return Shape(**{name: value for name, value in card["model"].items() if name in known})
 
 
 def convert(source: Path, out: Path, kind: Kind) -> Path:
