@@ -1,0 +1,91 @@
+"""Losses that are not finite stop on every process and leave a list of the images; signs of collapse are named once."""
+
+import json
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+
+from pretrain.alarm import Alarm, NonFiniteLoss, check_finite, nonfinite
+from pretrain.config import HeadsConfig, ModelConfig, MonitorConfig, PretrainConfig, TrainConfig
+from runtime.errors import Failed
+
+CONFIG = PretrainConfig(
+    model=ModelConfig(arch="vit_small"),
+    heads=HeadsConfig(num_prototypes=1024, ibot_prototypes=64),
+    train=TrainConfig(steps=100, batch_size=256),
+)
+HEALTHY = {
+    "rank": 120.0,
+    "koleo": 1.2,
+    "teacher_entropy/cls": 5.0,
+    "teacher_entropy/patches": 3.0,
+    "top_prototype/cls": 0.02,
+    "top_prototype/patches": 0.1,
+}
+
+
+def test_finite_terms_pass():
+    check_finite({"loss": torch.tensor(3.0), "koleo": torch.tensor(-1.0)}, group=None)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_the_term_and_the_rank_are_named(bad):
+    with pytest.raises(NonFiniteLoss, match=f"^koleo is {bad} on rank 0$") as caught:
+        check_finite({"loss": torch.tensor(3.0), "koleo": torch.tensor(bad)}, group=None)
+    assert caught.value.terms["loss"] == [3.0]
+
+
+def test_the_batch_is_left_behind(tmp_path):
+    error = NonFiniteLoss({"loss": [1.0, math.nan], "dino": [1.0, math.nan], "koleo": [0.5, math.inf]})
+    failed = nonfinite(error, out=tmp_path, step=12, rank=1, samples=[7, 3], keys=["a/7", "b/3"])
+    assert isinstance(failed, Failed)
+    assert str(failed).startswith("step 12: loss is nan on rank 1; dino is nan on rank 1; koleo is inf on rank 1; ")
+    assert len(str(failed).splitlines()) == 3
+    (path,) = tmp_path.iterdir()
+    assert path.name in str(failed)
+    assert json.loads(path.read_text()) == {
+        "step": 12, "rank": 1, "samples": [7, 3], "keys": ["a/7", "b/3"],
+        "terms": {"loss": ["1.0", "nan"], "dino": ["1.0", "nan"], "koleo": ["0.5", "inf"]},
+    }  # fmt: skip
+
+
+SIGNS = [
+    ({"rank": 1.2}, "rank: rank of the class tokens is 1.20 of 384"),
+    ({"koleo": 18.0}, "koleo: KoLeo finds class tokens 1.2e-04 apart"),
+    ({"teacher_entropy/cls": 6.93}, "uniform cls: entropy of the teacher's cls targets is 6.93 of at most 6.93"),
+    ({"teacher_entropy/patches": 4.158}, "uniform patches: entropy of the teacher's patches targets is 4.16 of at"),
+    ({"top_prototype/cls": 0.97}, "one prototype cls: one prototype takes 97% of the cls targets"),
+]
+
+
+@pytest.mark.parametrize(("change", "said"), SIGNS)
+def test_each_sign_is_named_once(change, said, capsys):
+    alarm = Alarm(CONFIG)
+    found = [alarm.check(step, HEALTHY | change) for step in range(20, 60, 10)]
+    assert [len(texts) for texts in found] == [0, 0, 1, 0]
+    assert found[2][0].startswith(said)
+    assert f"alarm at step 40: {said}" in capsys.readouterr().err
+
+
+def test_a_healthy_row_and_one_outlier_raise_none():
+    alarm = Alarm(CONFIG)
+    rows = [HEALTHY, HEALTHY | {"rank": 1.1}, HEALTHY, HEALTHY | {"rank": 1.1}, HEALTHY, {}]
+    assert [alarm.check(20 + i, row) for i, row in enumerate(rows)] == [[]] * len(rows)
+
+
+def test_the_first_tenth_of_a_run_is_not_judged():
+    alarm = Alarm(CONFIG)
+    assert all(alarm.check(step, HEALTHY | {"rank": 1.1}) == [] for step in range(11))
+
+
+def test_stop_and_off():
+    stop = Alarm(replace(CONFIG, monitor=MonitorConfig(alarm="stop")))
+    bad = HEALTHY | {"rank": 1.1}
+    stop.check(20, bad)
+    stop.check(30, bad)
+    with pytest.raises(Failed, match=r"collapse at step 40: rank: (.|\n)*monitor.alarm=warn"):
+        stop.check(40, bad)
+    off = Alarm(replace(CONFIG, monitor=MonitorConfig(alarm="off")))
+    assert [off.check(step, bad) for step in range(20, 60, 10)] == [[]] * 4
