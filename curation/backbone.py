@@ -54,15 +54,32 @@ class Embedder:
         return torch.nn.functional.normalize(vectors.float(), dim=1)
 
 
+def check_model(model: str, out: Path, *, key: str) -> None:
+    """Raise UserError where there is no such model; nothing is loaded, downloaded or trained."""
+    if model == "bootstrap":
+        return  # trained when its turn comes
+    _weights_file(model, out, key)
+    kind, _, name = model.partition(":")
+    if kind == "timm":
+        _check_timm_name(name.partition("@")[0], key)
+
+
 def model_identity(model: str, out: Path, *, key: str) -> str:
     """What the vectors depend on besides the pixels: the name, and the hash of the weights where they are a file."""
+    file = _weights_file(model, out, key)
+    digest = sha256(file) if file is not None else ""
+    return f"{model} {digest}" if model.startswith("timm:") else digest
+
+
+def _weights_file(model: str, out: Path, key: str) -> Path | None:
+    """Where a model's weights lie; None for those that timm downloads. Raises UserError where there is no such file."""
     kind, _, name = model.partition(":")
     if kind == "timm":
         checkpoint = name.partition("@")[2]
-        return f"{model} {sha256(_existing(Path(checkpoint), key)) if checkpoint else ''}"
+        return _existing(Path(checkpoint), key) if checkpoint else None
     if kind == "torchscript":
-        return sha256(_existing(Path(name), key))
-    return sha256(_export_folder(model, out, key) / "model.safetensors")
+        return _existing(Path(name), key)
+    return _export_folder(model, out, key) / "model.safetensors"
 
 
 def load_embedder(model: str, size: int | None, out: Path, device: torch.device, *, key: str) -> Embedder:
@@ -197,10 +214,7 @@ def _load_timm(name: str, size: int | None, key: str) -> Embedder:
     from timm.data.config import resolve_model_data_config
 
     full, (name, _, checkpoint) = name, name.partition("@")
-    if not timm.is_model(name.split(".")[0]):
-        near = difflib.get_close_matches(name, timm.list_models(), n=3, cutoff=0.4)
-        hint = f"; did you mean {' or '.join(near)}?" if near else ""
-        raise UserError(f"{key}: timm has no model {name!r}{hint}")
+    _check_timm_name(name, key)
     try:
         if checkpoint:
             model: Any = timm.create_model(name, num_classes=0, checkpoint_path=str(_existing(Path(checkpoint), key)))
@@ -219,6 +233,15 @@ def _load_timm(name: str, size: int | None, key: str) -> Embedder:
     if hasattr(model, "set_input_size"):  # transformers have a position table; convolutions take any size
         model.set_input_size(img_size=size)
     return Embedder(model, data["mean"], data["std"], size)
+
+
+def _check_timm_name(name: str, key: str) -> None:
+    import timm
+
+    if not timm.is_model(name.split(".")[0]):
+        near = difflib.get_close_matches(name, timm.list_models(), n=3, cutoff=0.4)
+        hint = f"; did you mean {' or '.join(near)}?" if near else ""
+        raise UserError(f"{key}: timm has no model {name!r}{hint}")
 
 
 @contextmanager
@@ -251,6 +274,7 @@ def _size_key(key: str) -> str:
 
 
 def _existing(path: Path, key: str) -> Path:
-    if not path.expanduser().is_file():
-        raise UserError(f"{key}: no checkpoint file {path}")
-    return path.expanduser()
+    place = path.expanduser()
+    if not place.is_file():
+        raise UserError(f"{key}: no checkpoint file {path}\n  looked for {place.absolute()}; give the path to it")
+    return place

@@ -25,7 +25,8 @@ from .backbone import load_embedder
 from .config import CurateConfig, in_order
 from .decoding import THUMB, describe
 from .embed import embedders
-from .items import list_items, read_bytes
+from .inputs import checked_items
+from .items import read_bytes
 from .pixels import PixelUnit, load_pixels
 from .planner import plan_join
 from .retrieve import selects
@@ -79,7 +80,7 @@ def plan(config: CurateConfig) -> list[StagePlan]:
     """The plan of all stages that this config has work for. Raises UserError as `curate` does for wrong input."""
     config = in_order(config)
     start = time.monotonic()
-    table, _ = list_items(config)
+    table, _ = checked_items(config)
     return plan_stages(config, table, measure(config, table, time.monotonic() - start))
 
 

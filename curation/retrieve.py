@@ -6,6 +6,7 @@ themselves, cut to `retrieval.mixture` (DINOv3 sec. 3.1).
 
 import difflib
 import itertools
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -15,11 +16,12 @@ from runtime.errors import UserError
 from runtime.files import write_table
 from runtime.progress import say
 
-from .config import CurateConfig, active_methods
+from .config import CurateConfig, HierarchicalConfig, active_methods
 from .embed import Embedded
 from .mixture import draw_mixture
 from .rows import Rows
 from .selection import Found, by_clusters, by_hierarchy, by_samples, seed_sets, selection_table
+from .sources import parse_source
 from .stage import Stage
 
 METHODS = {"sample": by_samples, "cluster": by_clusters, "hierarchical": by_hierarchy}
@@ -65,6 +67,46 @@ def check_retrieval(config: CurateConfig) -> None:
             raise UserError(f"retrieval.mixture: weight {entry.weight} of {entry.source!r}; expected a number above 0")
         if names.count(entry.source) > 1:
             raise UserError(f"retrieval.mixture: {entry.source!r} is there twice; give it one weight")
+    _check_mixture_names(config)
+
+
+def check_counts(config: CurateConfig, roles: Sequence[str]) -> None:
+    """Raise UserError where more is wanted than the sources hold. roles: of all items."""
+    retrieval, num_pool = config.retrieval, roles.count("pool")
+    num_inputs = num_pool + (roles.count("seed") if retrieval.keep_seeds else 0)
+    # A method that is not used wants nothing, whatever its settings say.
+    hierarchical = retrieval.hierarchical if "hierarchical" in retrieval.methods else HierarchicalConfig()
+    for name, what, wanted, there in (
+        ("hierarchical.target", "images", hierarchical.target, num_pool),
+        ("hierarchical.levels", "clusters", max(hierarchical.levels, default=0), num_pool),
+        ("size", "images", retrieval.size, num_inputs),
+    ):
+        if wanted > there:
+            raise UserError(
+                f"retrieval.{name}: {wanted} {what} wanted, the sources hold {there} images\n"
+                f"  give at most {there}, less for the copies and leaks among them"
+            )
+
+
+def _check_mixture_names(config: CurateConfig) -> None:
+    """Raise UserError when the mixture names what there is not."""
+    keep = config.retrieval.keep_seeds
+    methods = [*active_methods(config), *([SEEDS] if keep else [])]
+    paths = [*config.source.paths, *(config.seeds.paths if keep else ())]
+    sources = sorted({parse_source(path).name for path in paths})
+    for entry in config.retrieval.mixture:
+        if entry.source in methods and entry.source in sources:
+            raise UserError(
+                f"retrieval.mixture: {entry.source!r} is a method and a source; give the source another name, as in "
+                f"source.paths=[mine=/my/images]"
+            )
+        if entry.source not in methods + sources:
+            close = difflib.get_close_matches(entry.source, methods + sources, n=1, cutoff=0.5)
+            hint = f"; did you mean {close[0]}?" if close else ""
+            raise UserError(
+                f"retrieval.mixture: no source or method {entry.source!r}{hint}\n"
+                f"  sources: {', '.join(sources) or 'none'}; methods of this config: {', '.join(methods) or 'none'}"
+            )
 
 
 def selects(config: CurateConfig) -> bool:
@@ -82,10 +124,10 @@ def retrieve_stage(
     pool: rows to choose from, sorted int64; leaks: rows of any role that an evaluation set forbids. Beside the
     selection: `not_selected.parquet` (`row`, `reason`), `neighbours.parquet` (every sample-based retrieval) and
     `clusters.parquet` (`row`, `cluster_id`, `cosine` to its centroid, and `level_1`, `level_2`, ... where there are
-    several). Raises UserError for sizes and names that do not fit what is there.
+    several). Raises UserError for sizes that do not fit what is there.
     """
     stage.open()
-    names = _mixture_names(config, rows)
+    names = np.array(rows.table["source_name"].to_pylist(), dtype=object)
     pool = pool[np.argsort(rows.ids[pool], kind="stable")]
     passing = passing_seeds(config, rows, pool, leaks)
     methods = active_methods(config)
@@ -133,28 +175,6 @@ def _own_sets(rows: Rows, passing: np.ndarray) -> list[str]:
     seeds = rows.of("seed")
     ids, first = np.unique(rows.ids[seeds], return_index=True)
     return seed_sets(rows, seeds[first[np.searchsorted(ids, rows.ids[passing])]])
-
-
-def _mixture_names(config: CurateConfig, rows: Rows) -> np.ndarray:
-    """The name of each row's source, object [N]. Raises UserError when the mixture names what there is not."""
-    names = np.array(rows.table["source_name"].to_pylist(), dtype=object)
-    methods = [*active_methods(config), *([SEEDS] if config.retrieval.keep_seeds else [])]
-    roles = ["pool", "seed"] if config.retrieval.keep_seeds else ["pool"]
-    sources = sorted(set(names[np.isin(rows.role, roles)]))
-    for entry in config.retrieval.mixture:
-        if entry.source in methods and entry.source in sources:
-            raise UserError(
-                f"retrieval.mixture: {entry.source!r} is a method and a source; give the source another name, as in "
-                f"source.paths=[mine=/my/images]"
-            )
-        if entry.source not in methods + sources:
-            close = difflib.get_close_matches(entry.source, methods + sources, n=1, cutoff=0.5)
-            hint = f"; did you mean {close[0]}?" if close else ""
-            raise UserError(
-                f"retrieval.mixture: no source or method {entry.source!r}{hint}\n"
-                f"  sources: {', '.join(sources)}; methods of this config: {', '.join(methods) or 'none'}"
-            )
-    return names
 
 
 def _draw(

@@ -26,11 +26,11 @@ from .dedup import dedup_stage, surviving
 from .embed import Embedded, embed_stage, identities
 from .exact import exact_stage, remaining
 from .guard import guard_stage
-from .items import items_stage, list_items
+from .inputs import checked_items
+from .items import items_stage
 from .manifest import FATES, write_manifest, write_summary
-from .previous import Previous
 from .propose import index_stage, join_stage
-from .retrieve import check_retrieval, retrieve_stage, selects
+from .retrieve import retrieve_stage, selects
 from .rows import Rows, read_rows
 from .scoring import verify_stage
 from .shards import claim_shards, write_shards
@@ -61,7 +61,6 @@ def curate(
         raise UserError(
             f"--share: goes with one stage of --stages {', '.join(PARALLEL)}; found --stages {','.join(wanted)}"
         )
-    check_retrieval(config)
     run = _Run(config, share, stop)
     if (run.out / "config.yaml").is_file():
         claim_output(run.out, run.config)
@@ -225,8 +224,7 @@ class _Run:
         }
 
     def _items(self, own: Stage) -> None:
-        table, problems = list_items(self.config)  # first: a path that is wrong leaves no folder behind
-        Previous.of(self.config)
+        table, problems = checked_items(self.config)  # first: what is wrong leaves no folder behind
         claim_output(self.out, self.config)
         own.open()
         items_stage(self.config, own, table, problems)

@@ -17,6 +17,7 @@ from curation.config import (
     MixtureConfig,
     RetrievalConfig,
     SeedsConfig,
+    SourceConfig,
 )
 from curation.embed import Embedded
 from curation.manifest import read_manifest
@@ -61,7 +62,8 @@ def select(world, tmp_path) -> Callable[..., tuple[Stage, dict]]:
     """Run the stage with some retrieval settings: the finished stage and its counts."""
 
     def run(leaks: tuple[int, ...] = (), rows: Rows = world[0], name: str = "out", **settings) -> tuple[Stage, dict]:
-        config = CurateConfig(seeds=SeedsConfig(("seeds",)), retrieval=RetrievalConfig(**settings))
+        sources, seeds = SourceConfig(("web=/web", "lab=/lab")), SeedsConfig(("mine=/seeds",))
+        config = CurateConfig(source=sources, seeds=seeds, retrieval=RetrievalConfig(**settings))
         check_retrieval(config)
         stage = Stage(tmp_path / name, "retrieve", {})
         pool = np.setdiff1d(POOL, leaks)
@@ -274,12 +276,12 @@ def test_what_cannot_be_is_named(select, settings, message):
         select(**settings)
 
 
-def test_a_source_called_like_a_method_is_refused(world, select):
-    rows = world[0]
-    names = pa.array(["sample"] * len(rows.ids))
-    rows = replace(rows, table=rows.table.set_column(1, "source_name", names))
+def test_a_source_called_like_a_method_is_refused():
+    retrieval = RetrievalConfig(mixture=(MixtureConfig("sample", 1),))
     with pytest.raises(UserError, match=r"'sample' is a method and a source; give the source another name"):
-        select(rows=rows, mixture=(MixtureConfig("sample", 1),))
+        check_retrieval(
+            CurateConfig(source=SourceConfig(("/my/sample",)), seeds=SeedsConfig(("s",)), retrieval=retrieval)
+        )
 
 
 def test_seeds_in_the_shards_have_their_rows_in_the_manifest(config, pack, tmp_path):
