@@ -42,7 +42,11 @@ class LayerScale(nn.Module):
 
     def __init__(self, dim: int, init: float):
         super().__init__()
+        self.init = init
         self.gamma = nn.Parameter(torch.full((dim,), init))
+
+    def start(self, name: str, value: Tensor, generator: torch.Generator) -> None:
+        value.fill_(self.init)
 
     def forward(self, x: Tensor, scale: float | Tensor) -> Tensor:
         return x * (self.gamma * scale)

@@ -11,8 +11,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .init import init_linear
-
 T = TypeVar("T")
 
 
@@ -21,14 +19,15 @@ class Prototypes(nn.Module):
 
     def __init__(self, dim: int, num_prototypes: int, *, weight_norm: bool):
         super().__init__()
-        self.weight = nn.Parameter(torch.empty(num_prototypes, dim))
-        self.gain = nn.Parameter(torch.empty(num_prototypes, 1)) if weight_norm else None
-        self.reset_parameters()
+        self.weight = nn.Parameter(nn.init.trunc_normal_(torch.empty(num_prototypes, dim), std=0.02))
+        self.gain = nn.Parameter(torch.ones(num_prototypes, 1)) if weight_norm else None
 
-    def reset_parameters(self) -> None:
-        nn.init.trunc_normal_(self.weight, std=0.02)
-        if self.gain is not None:
-            nn.init.ones_(self.gain)
+    def start(self, name: str, value: Tensor, generator: torch.Generator) -> None:
+        """Fill `value` with the start of parameter `name`."""
+        if name == "gain":
+            value.fill_(1.0)
+        else:
+            nn.init.trunc_normal_(value, std=0.02, generator=generator)
 
     def forward(self) -> Tensor:
         """Effective prototypes [K, d]."""
@@ -51,7 +50,6 @@ class Head(nn.Module):
             layers += [nn.Linear(a, b), nn.GELU()]
         self.mlp = nn.Sequential(*layers[:-1])
         self.prototypes = Prototypes(bottleneck, num_prototypes, weight_norm=weight_norm)
-        init_linear(self, "reference")
 
     def forward(self, x: Tensor, read: Callable[[Tensor, Tensor], T] = F.linear) -> T:
         """`read(z, w)` of features [M, D], with z [M, d] their bottleneck and w [K, d] the effective prototypes.

@@ -13,7 +13,6 @@ from torch import Tensor, nn
 
 from .attention import Sdpa
 from .blocks import Block
-from .init import init_linear
 from .noise import Noise, draw_stretch
 from .packed import Groups, PackedTokens, pack, unpack
 from .rope import rotation
@@ -87,12 +86,15 @@ class VisionTransformer(nn.Module):
         )
         self.norm = nn.LayerNorm(dim, eps=1e-6)
         self.norm_local = nn.LayerNorm(dim, eps=1e-6) if shape.untie_norms else None
-        if self.pos_embed is not None:
-            nn.init.trunc_normal_(self.pos_embed, std=0.02)
-        nn.init.normal_(self.cls_token, std=1e-6)
-        if self.register_tokens is not None:
-            nn.init.normal_(self.register_tokens, std=1e-6)
-        init_linear(self, "reference")
+
+    def start(self, name: str, value: Tensor, generator: torch.Generator) -> None:
+        """Fill `value` with the start of the token or position table `name` (DINOv2's code)."""
+        if name == "mask_token":
+            value.zero_()
+        elif name == "pos_embed":
+            nn.init.trunc_normal_(value, std=0.02, generator=generator)
+        else:
+            value.normal_(std=1e-6, generator=generator)
 
     def forward(
         self,

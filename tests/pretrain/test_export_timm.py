@@ -10,7 +10,7 @@ from timm.layers.mlp import SwiGLUPacked
 from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_fn
 from torch import nn
 
-from pretrain.build import Learner, build_head
+from pretrain.build import Learner, build_heads
 from pretrain.config import CropsConfig, HeadsConfig, ModelConfig, PretrainConfig
 from pretrain.export import export_learner, load_backbone
 from pretrain.model.vit import Shape
@@ -32,7 +32,7 @@ def export(folder: Path, *, num_registers: int, ffn: Any) -> Path:
         ffn=ffn,
         mlp_ratio=4.0,
     )
-    learner = Learner(OurVisionTransformer(shape), build_head(HEADS, 48), build_head(HEADS, 48))
+    learner = Learner(OurVisionTransformer(shape), *build_heads(HEADS, 48))
     for parameter in learner.backbone.parameters():
         nn.init.normal_(parameter, std=0.3)
     config = PretrainConfig(
