@@ -1,9 +1,13 @@
 """metrics.jsonl keeps exactly the rows of the run that counts, through kills and restarts."""
 
+import sys
+from types import SimpleNamespace
+
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from runtime.metrics import MetricsWriter, append_lines, read_metrics
+from runtime.errors import UserError
+from runtime.metrics import MetricsWriter, append_lines, read_metrics, require_wandb
 
 
 def write(out, steps, *, start_step, tensorboard=False, shift=0.0):
@@ -58,3 +62,43 @@ def test_lines_are_appended(tmp_path):
     append_lines(tmp_path / "skipped.txt", [])
     append_lines(tmp_path / "skipped.txt", ("b: empty", "c: truncated"))
     assert (tmp_path / "skipped.txt").read_text() == "a: corrupt\nb: empty\nc: truncated\n"
+
+
+def test_what_the_clock_says_can_be_left_out(tmp_path):
+    writer = MetricsWriter(tmp_path, start_step=0, tensorboard=False)
+    writer.write(1, {"loss": 2.0, "images_per_second": 31.0, "mfu": 0.2, "wait": 0.0, "memory_gb": 1.5})
+    writer.close()
+    assert read_metrics(tmp_path, clock=False) == [{"step": 1, "loss": 2.0}]
+
+
+def test_wandb_that_is_not_installed_is_the_users_error(tmp_path, monkeypatch):
+    require_wandb("")
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(UserError, match=r"monitor.wandb: found 'birds', but the package wandb is not installed"):
+        MetricsWriter(tmp_path / "run", start_step=0, tensorboard=False, wandb="birds")
+    assert not (tmp_path / "run").exists()
+
+
+def test_wandb_gets_the_rows_and_a_restart_goes_on_with_its_run(tmp_path, monkeypatch):
+    """With a stand-in for the package, which needs an account: the calls that its documentation asks for."""
+    calls = []
+    run = SimpleNamespace(
+        define_metric=lambda *args, **kwargs: calls.append(("define", args, kwargs)),
+        log=lambda row: calls.append(("log", row)),
+        finish=lambda: calls.append(("finish",)),
+    )
+    stub = SimpleNamespace(init=lambda **kwargs: calls.append(("init", kwargs)) or run, __spec__=object())
+    monkeypatch.setitem(sys.modules, "wandb", stub)  # type: ignore[arg-type]
+    out = tmp_path / "run"
+    for start, steps in ((0, [1, 2]), (1, [2])):
+        writer = MetricsWriter(out, start_step=start, tensorboard=False, wandb="birds", config={"seed": 3})
+        for step in steps:
+            writer.write(step, {"loss": 1.0})
+        writer.close()
+    first, again = (call[1] for call in calls if call[0] == "init")
+    assert first == again
+    assert first["project"] == "birds"
+    assert (first["name"], first["dir"], first["resume"], first["config"]) == ("run", str(out), "allow", {"seed": 3})
+    assert "mode" not in first  # WANDB_MODE decides
+    assert [call[1]["train_step"] for call in calls if call[0] == "log"] == [1, 2, 2]
+    assert [call[0] for call in calls] == ["init", "define", "log", "log", "finish", "init", "define", "log", "finish"]
