@@ -82,11 +82,11 @@ def memory_per_rank(config: PretrainConfig, *, processes: int, low_precision: bo
     count = sum(parameters(config))
     own = 4 * count / (config.parallel.shard_group or processes)
     images = config.train.batch_size / processes / config.train.accumulate
-    worst = max(_activations_per_image(config, kinds) for _, kinds in _kinds_of_crops(config))
     size = 2 if low_precision else 4
+    worst = max(_activations_per_image(config, kinds, size) for _, kinds in _kinds_of_crops(config))
     # Beside it: weights in low precision (all of them where nothing is sharded, else mostly), and a chunk of scores.
     casts = size * count if low_precision else 0
-    return Memory(own, own, 2 * own, own, images * worst * size + casts + 3 * 4 * CHUNK)
+    return Memory(own, own, 2 * own, own, images * worst + casts + 3 * 4 * CHUNK)
 
 
 def checkpoint_bytes(config: PretrainConfig) -> int:
@@ -177,15 +177,19 @@ def _heads(config: PretrainConfig, cls: int, patches: float) -> float:
     return cls * row(*own) + patches * row(*(own if heads.tied else ibot))
 
 
-def _activations_per_image(config: PretrainConfig, kinds: list[Crops]) -> float:
-    """Numbers that backward reads of the student's pass over an image."""
+def _activations_per_image(config: PretrainConfig, kinds: list[Crops], size: int) -> float:
+    """Bytes that backward reads of the student's pass over an image; `size` bytes for a number.
+
+    Of a block: inputs of both norms in float32, their outputs, query, key, value, attention and both branches, and
+    the hidden layer before and after its activation. Attention itself is taken for fused: it keeps no scores.
+    """
     shape = backbone_shape(config.model, config.crops.global_size)
-    ffn = hidden_width(shape) / shape.dim * (3 if shape.ffn == "swiglu" else 2)
-    everything = 10 + ffn  # in widths: two inputs and outputs of norms, query, key, value, attention, two branches
-    block = {"none": everything, "selective": 8 + ffn / 2, "full": 1.0}[config.train.recompute]
+    hidden = hidden_width(shape) / shape.dim
+    everything = 2 * 4 + size * (8 + hidden * (4 if shape.ffn == "swiglu" else 2))  # bytes, in widths of a token
+    products = 4 + size * (6 + hidden * (2 if shape.ffn == "swiglu" else 1))
+    block = {"none": everything, "selective": products, "full": size}[config.train.recompute]
     blocks = shape.depth * block + (everything if config.train.recompute != "none" else 0)
-    kept = 1 - config.model.drop_path
     tokens = sum(crops.count * crops.tokens for crops in kinds[:2])
     heads = (kinds[0].count + kinds[1].count + _masked(config, kinds[0])) * 3 * config.heads.hidden
     similarities = 4 * kinds[2].count * kinds[0].patches ** 2
-    return tokens * shape.dim * blocks * kept + heads + similarities
+    return tokens * shape.dim * blocks * (1 - config.model.drop_path) + size * (heads + similarities)

@@ -12,6 +12,7 @@ from pretrain.build import build_learner
 from pretrain.config import HeadsConfig, LossConfig, ModelConfig, ParallelConfig, PretrainConfig, TrainConfig
 from pretrain.cost import checkpoint_bytes, flops_per_step, memory_per_rank, parameters, tokens_per_step
 from pretrain.data.config import CropsConfig, MaskConfig, SizesConfig
+from pretrain.loss.targets import CHUNK
 
 HEADS = HeadsConfig(num_prototypes=64, hidden=96, bottleneck=32, ibot_prototypes=48, ibot_hidden=80)
 
@@ -39,7 +40,8 @@ def counted(settings: PretrainConfig) -> float:
     with FlopCounterMode(display=False) as counter:
         with torch.no_grad():
             (teacher,) = learner.backbone(images[:1], wanted=[masks])
-            learner.dino_head(teacher.cls), learner.patch_head(teacher.patches)
+            learner.dino_head(teacher.cls)
+            learner.patch_head(teacher.patches)
         features = learner.backbone(images, [masks, None], wanted=[masks, None])
         logits = learner.dino_head(torch.cat([each.cls for each in features])).sum()
         (logits + learner.patch_head(features[0].patches).sum()).backward()
@@ -65,8 +67,8 @@ def test_parameters_are_those_of_the_published_models(arch, ffn, theirs):
     settings = config(model=ModelConfig(arch=arch, patch_size=14, ffn=ffn), crops=CropsConfig(global_size=518))
     with torch.device("meta"):
         model = timm.create_model(theirs, num_classes=0)
-    mask_token = model.num_features
-    assert parameters(settings).backbone == sum(p.numel() for p in model.parameters()) + mask_token
+    width = next(model.parameters()).shape[-1]  # of the mask token, which timm leaves out
+    assert parameters(settings).backbone == sum(p.numel() for p in model.parameters()) + width
 
 
 def test_heads_are_counted_once_where_they_are_tied():
@@ -91,6 +93,29 @@ def test_what_makes_a_step_dearer_or_cheaper():
     assert 0.4 * plain < dropped < 0.65 * plain
     assert flops_per_step(config(loss=LossConfig(gram=2.0))) > 1.2 * plain
     assert flops_per_step(config(train=TrainConfig(batch_size=8))) == 2 * plain
+
+
+@pytest.mark.parametrize("ffn", ["mlp", "swiglu"])
+def test_activations_are_those_that_autograd_keeps(ffn):
+    """In float32 with fused attention, backbone only; storages that several operations keep count once."""
+    settings = config(
+        model=ModelConfig(arch="vit_micro", patch_size=8, ffn=ffn), train=TrainConfig(batch_size=8),
+        heads=HeadsConfig(num_prototypes=64, hidden=8, bottleneck=8),
+    )  # fmt: skip
+    learner = build_learner(settings.model, settings.heads, image_size=32, seed=0).train()
+    parameters_at = {p.untyped_storage().data_ptr() for p in learner.parameters()}
+    kept: dict[int, torch.Tensor] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        kept[tensor.untyped_storage().data_ptr()] = tensor
+        return tensor
+
+    masks = torch.zeros(16, 16, dtype=torch.bool)
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        learner.backbone([torch.randn(16, 3, 32, 32), torch.randn(24, 3, 16, 16)], [masks, None], wanted=[masks, None])
+    sizes = [kept[place].untyped_storage().nbytes() for place in kept.keys() - parameters_at]
+    estimate = memory_per_rank(settings, processes=1, low_precision=False).activations - 3 * 4 * CHUNK
+    assert estimate == pytest.approx(sum(sizes), rel=0.25)  # the last block keeps less than a whole one
 
 
 def test_memory_follows_sharding_accumulation_and_recomputation():
