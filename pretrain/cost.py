@@ -8,12 +8,10 @@ import itertools
 from dataclasses import dataclass
 from typing import NamedTuple
 
-import torch
-
-from .build import Learner, backbone_shape, build_heads
+from .build import backbone_shape, build_learner
 from .config import PretrainConfig
 from .loss.targets import CHUNK
-from .model.vit import VisionTransformer, hidden_width
+from .model.vit import hidden_width
 
 
 class Parameters(NamedTuple):
@@ -46,12 +44,11 @@ class Crops(NamedTuple):
 
 def parameters(config: PretrainConfig) -> Parameters:
     """Numbers of parameters of the student, counted on the meta device."""
-    with torch.device("meta"):
-        backbone = VisionTransformer(backbone_shape(config.model, config.crops.global_size))
-        learner = Learner(backbone, *build_heads(config.heads, backbone.shape.dim))
-    total = sum(p.numel() for p in learner.parameters())
-    ours = sum(p.numel() for p in backbone.parameters())
-    return Parameters(ours, total - ours)
+    learner = build_learner(
+        config.model, config.heads, image_size=config.crops.global_size, seed=config.seed, device="meta"
+    )
+    backbone = sum(p.numel() for p in learner.backbone.parameters())
+    return Parameters(backbone, sum(p.numel() for p in learner.parameters()) - backbone)
 
 
 def tokens_per_step(config: PretrainConfig) -> float:
