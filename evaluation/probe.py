@@ -46,8 +46,17 @@ def knn_probe(data: str, *, image_size: int, k: int = 10, temperature: float = 0
 
 
 def hook(probe: Probe) -> Callable[[Any], dict[str, float]]:
-    """The probe as a hook of the training loop: a function of its state, judging the EMA teacher."""
+    """The probe as a hook of the training loop: a function of its state, judging the EMA teacher.
+
+    Where weights are sharded over processes, each of them judges all images: the forward pass gathers the weights of a
+    block on all processes together, so that none may stay away, and it takes no longer than on one alone.
+    """
     return lambda state: probe(state.ema.backbone)
+
+
+def knn_hooks(data: str, *, image_size: int) -> list[Callable[[Any], dict[str, float]]]:
+    """k-NN accuracy of the EMA teacher on the labelled folder `data`, as hooks; none where no folder is named."""
+    return [hook(knn_probe(data, image_size=image_size))] if data else []
 
 
 def _views(images: Images, size: int) -> tuple[Tensor, np.ndarray]:

@@ -16,13 +16,13 @@ from curation.stage import WHOLE, Share
 from distill.config import DistillConfig
 from distill.train import distill
 from evaluation.config import EvaluateConfig
-from evaluation.probe import hook, knn_probe
+from evaluation.probe import knn_hooks
 from evaluation.run import evaluate
 from pretrain.build import describe
 from pretrain.config import PretrainConfig
 from pretrain.data.config import check as check_sizes
 from pretrain.export import convert
-from pretrain.train import Hook, pretrain
+from pretrain.train import pretrain
 from runtime.config import claim_output, claiming
 from runtime.errors import UserError
 from runtime.files import EMBEDDED, read_json, write_json
@@ -147,7 +147,9 @@ def run(config: RunConfig, *, stop: StopRequest | None = None) -> str:
         shards = out / "curate" / "shards"
         with timed(out, "pretrain"):
             training = stage_config(config, config.pretrain, out / "pretrain", shards)
-            teacher = pretrain(training, hooks=probes(config, training.crops.global_size), stop=stop)
+            labelled = training.monitor.knn or config.evaluate.data
+            probes = knn_hooks(labelled, image_size=training.crops.global_size)
+            teacher = pretrain(training, hooks=probes, stop=stop)
         students: dict[str, Path] = {}
         if config.distill.students:
             with timed(out, "distill"):
@@ -155,7 +157,8 @@ def run(config: RunConfig, *, stop: StopRequest | None = None) -> str:
                     stage_config(config, config.distill, out / "distill", shards),
                     teacher=config.distill.teacher or str(teacher),
                 )
-                students = distill(distilling, hooks=probes(config, distilling.crops.global_size), stop=stop)
+                probes = knn_hooks(config.evaluate.data, image_size=distilling.crops.global_size)
+                students = distill(distilling, hooks=probes, stop=stop)
         models = {"pretrained": str(teacher)} | {f"distilled {name}": str(path) for name, path in students.items()}
         models |= {"random weights": f"random:{teacher}", "color thumbnail": "pixels"}
         with timed(out, "evaluate"):
@@ -182,11 +185,6 @@ def stage_config(config: CurateRunConfig, group: Training, out: Path, shards: Pa
         workers=config.workers,
         data=dataclasses.replace(group.data, shards=(str(shards),)),
     )
-
-
-def probes(config: RunConfig, image_size: int) -> list[Hook]:
-    """k-NN accuracy of the EMA teacher at every checkpoint, where there is a labelled set."""
-    return [hook(knn_probe(config.evaluate.data, image_size=image_size))] if config.evaluate.data else []
 
 
 @contextmanager

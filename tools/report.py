@@ -17,23 +17,14 @@ from runtime.files import read_json, write_text
 from runtime.metrics import read_metrics
 from runtime.progress import clock
 
-from .charts import interval, line_chart, number
+from .charts import interval
 from .curation_facts import Facts
 from .galleries import Curation, Gallery, Reject, Step, read_curation
 from .thumbnails import file_uri
+from .training_facts import Training, training
 
 Row = dict[str, Any]
 BASELINES = ("random", "pixels")  # specs of evaluation.models that a model has to beat
-CURVES = {
-    "loss": "loss",
-    "dino": "DINO, image level",
-    "ibot": "iBOT, patch level",
-    "koleo": "KoLeo",
-    "knn": "k-NN accuracy",
-    "rank": "rank of the teacher's features",
-    "lr": "learning rate",
-    "images_per_second": "images per second",
-}
 LABELFREE = {
     "rankme": ("RankMe", "smooth rank of the features, higher is richer"),
     "alpha_req": ("alpha-ReQ", "decay of the spectrum, best near 1"),
@@ -95,21 +86,6 @@ class LabelfreeTable:
     protocol: str
     columns: list[Column]
     rows: list[ModelRow]
-
-
-@dataclass(frozen=True)
-class Chart:
-    name: str
-    last: str
-    svg: str
-
-
-@dataclass(frozen=True)
-class Training:
-    anchor: str
-    title: str
-    why: str
-    charts: list[Chart]
 
 
 @dataclass(frozen=True)
@@ -311,33 +287,6 @@ def labelfree_table(rows: Sequence[Row]) -> LabelfreeTable | None:
     ]
     columns = [Column(name, why) for name, why in LABELFREE.values()]
     return LabelfreeTable(f"From the features of {rows[0]['num_images']} training images.", columns, table)
-
-
-def training(title: str, folder: Path) -> Training:
-    """One training run: what it was, and its curves."""
-    rows = read_metrics(folder)
-    charts = []
-    for name, called in CURVES.items():
-        points = [(row["step"], row[name]) for row in rows if name in row]
-        if len(points) > 1:
-            steps, values = zip(*points, strict=True)
-            charts.append(Chart(called, number(values[-1]), line_chart(steps, values, title=f"{called} over steps")))
-    return Training(title.lower().replace(" ", "-"), title, _what_ran(folder, rows), charts)
-
-
-def _what_ran(folder: Path, rows: Sequence[Row]) -> str:
-    """Architecture, steps and batch from the run's own config."""
-    if not (folder / "config.yaml").is_file():
-        return f"{rows[-1]['step']} steps."
-    config = yaml.safe_load((folder / "config.yaml").read_text())
-    model, train = config["model"], config["train"]
-    done = rows[-1]["step"]
-    steps = f"{done} steps" if done >= train["steps"] else f"{done} of {train['steps']} steps so far"
-    crops = config["crops"]
-    return (
-        f"{model['arch']}/{model['patch_size']}, {steps} of {train['batch_size']} images, each as 2 crops of "
-        f"{crops['global_size']} px and {crops['num_local']} of {crops['local_size']} px."
-    )
 
 
 def _pca_model(folders: Folders) -> str:

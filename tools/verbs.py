@@ -295,9 +295,10 @@ def pretrain(args: argparse.Namespace, stop: StopRequest) -> int:
         from pretrain.build import describe
 
         return show_plan(config, [describe(config)])
+    from evaluation.probe import knn_hooks
     from pretrain.train import pretrain
 
-    folder = pretrain(config, stop=stop)
+    folder = pretrain(config, hooks=knn_hooks(config.monitor.knn, image_size=config.crops.global_size), stop=stop)
     if first_process():
         print(folder, flush=True)
         write_page(config.out)
