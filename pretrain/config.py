@@ -6,26 +6,11 @@ Defaults are DINOv2's `vitl16_short` recipe (reference repository, ViT-L/16 on I
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from .data.config import CropsConfig, MaskConfig
+from .data.config import CropsConfig, DataConfig, MaskConfig
 from .model.init import Init
 
 Arch = Literal["vit_pico", "vit_nano", "vit_micro", "vit_tiny", "vit_small", "vit_base", "vit_large", "vit_giant2"]
 Device = Literal["auto", "cpu", "cuda"]
-
-
-@dataclass(frozen=True)
-class SetConfig:
-    name: str  # of this part of the data, in metrics and messages
-    shards: tuple[str, ...]  # as `data.shards`
-    weight: float = 1.0  # share of the images of mixed batches, relative to other sets; 0: in own batches only
-    batches: float = 0.0  # share of the steps whose whole batch is of this set (0.1 for ImageNet-1k in DINOv3 sec. 3.1)
-
-
-@dataclass(frozen=True)
-class DataConfig:
-    shards: tuple[str, ...] = ()  # WebDataset folders, tars, globs or URLs (http, s3); ours or anyone's
-    sets: tuple[SetConfig, ...] = ()  # several sets mixed by weight, in place of `shards`
-    shuffle_buffer: int = 4096  # images of remote shards that are held to be shuffled; local shards are shuffled whole
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ import hashlib
 import os
 import re
 import tarfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -63,6 +63,55 @@ def scan_tar(path: str | Path) -> tuple[list[Member], str | None]:
             return members, f"not readable as tar: {error}"
         file.seek(end)
         return members, _bad_end(file.read(BLOCK), end)
+
+
+class DamagedTar(Exception):
+    """A tar that was read front to back is cut off or no tar."""
+
+
+def stream_tar(file) -> Iterator[tuple[Member, bytes]]:
+    """The regular files of a plain tar with their bytes, from a binary file that is read front to back.
+
+    Raises DamagedTar at the end of a tar that is cut off.
+    """
+    forward = _Forward(file)
+    try:
+        with tarfile.open(fileobj=forward, mode="r:") as tar:  # pyright: ignore[reportArgumentType, reportCallIssue]
+            while (entry := tar.next()) is not None:
+                tar.members.clear()  # pyright: ignore[reportAttributeAccessIssue]
+                if entry.isreg() and not entry.issparse():
+                    data = forward.read(entry.size)
+                    if len(data) < entry.size:
+                        raise DamagedTar(f"cut off inside {entry.name}")
+                    yield Member(*split_name(entry.name), entry.name, entry.offset_data, entry.size), data
+    except tarfile.TarError as error:
+        raise DamagedTar(f"not readable as tar: {error}") from error
+    if problem := _bad_end(forward.last, forward.position):
+        raise DamagedTar(problem)
+
+
+class _Forward:
+    """A file that cannot seek, for tarfile: it asks only for what lies ahead."""
+
+    def __init__(self, file):
+        self.file, self.position, self.last = file, 0, b""
+
+    def tell(self) -> int:
+        return self.position
+
+    def seek(self, position: int) -> None:
+        while self.position < position and self.read(min(WRITE, position - self.position)):
+            pass
+
+    def read(self, length: int) -> bytes:
+        parts = []
+        missing = length
+        while missing and (part := self.file.read(missing)):
+            parts.append(part)
+            missing -= len(part)
+        self.position += length - missing
+        self.last = b"".join(parts)
+        return self.last
 
 
 def split_name(name: str) -> tuple[str, str]:

@@ -38,7 +38,8 @@ SIGMA = (0.1, 2.0)  # pixels of the crop
 
 BOX_NUMBERS = 2 * ATTEMPTS + 2  # area and aspect of each attempt, then the place
 COLOR_NUMBERS = 14
-PIXELS_AT_ONCE = 2**17  # of crops colored together: enough to be fast, few enough to stay in the processor's cache
+# Pixels of crops colored together: enough to be fast, few enough to stay in a processor's cache or a GPU's memory.
+PIXELS_AT_ONCE, PIXELS_AT_ONCE_ON_DEVICE = 2**17, 2**23
 
 
 @dataclass(frozen=True)
@@ -119,7 +120,8 @@ def recolor(crops: Tensor, numbers: np.ndarray, view: View, *, out: Tensor) -> N
 
     `numbers` [n, COLOR_NUMBERS] decide over each crop.
     """
-    at_once = max(1, PIXELS_AT_ONCE // view.size**2)
+    pixels = PIXELS_AT_ONCE if crops.device.type == "cpu" else PIXELS_AT_ONCE_ON_DEVICE
+    at_once = max(1, pixels // view.size**2)
     for start in range(0, len(crops), at_once):
         part = slice(start, start + at_once)
         _recolor(out[part], crops[part], numbers[part], view)
@@ -134,7 +136,8 @@ def _recolor(images: Tensor, crops: Tensor, numbers: np.ndarray, view: View) -> 
     _change(images, gray < GRAY, lambda chosen, _: color.gray(chosen).expand_as(chosen))
     _change(images, blur < view.blur, color.blur, SIGMA[0] + (SIGMA[1] - SIGMA[0]) * sigma)
     _change(images, solarize < view.solarize, lambda chosen, _: color.solarize(chosen))
-    images.sub_(torch.tensor(MEAN)[:, None, None]).div_(torch.tensor(STD)[:, None, None])
+    mean, std = torch.tensor([MEAN, STD], device=images.device)[:, :, None, None]
+    images.sub_(mean).div_(std)
 
 
 def _jitter(images: Tensor, chosen: np.ndarray, *, order: np.ndarray, strengths: np.ndarray) -> None:
@@ -154,6 +157,6 @@ def _change(images: Tensor, chosen: np.ndarray, function, values: np.ndarray | N
     """Replace the chosen images by `function(images, values)` of them."""
     index = np.flatnonzero(chosen)
     if len(index):
-        strengths = None if values is None else torch.from_numpy(values[index]).float()
-        rows = torch.from_numpy(index) if len(index) < len(images) else slice(None)
+        strengths = None if values is None else torch.from_numpy(values[index]).float().to(images.device)
+        rows = torch.from_numpy(index).to(images.device) if len(index) < len(images) else slice(None)
         images[rows] = function(images[rows], strengths)

@@ -1,4 +1,4 @@
-"""What a training batch is made of: crops and masks (DINOv2 recipe; reference repository, `vitl16_short`)."""
+"""What a training batch is made of: data, crops and masks (DINOv2 recipe; reference repository, `vitl16_short`)."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -6,6 +6,21 @@ from typing import Literal
 from runtime.errors import UserError
 
 SMALLEST_CROP = 8  # pixels; the blur kernel reaches 4 pixels to each side
+
+
+@dataclass(frozen=True)
+class SetConfig:
+    name: str  # of this part of the data, in metrics and messages
+    shards: tuple[str, ...]  # as `data.shards`
+    weight: float = 1.0  # share of the images of mixed batches, relative to other sets; 0: in own batches only
+    batches: float = 0.0  # share of the steps whose whole batch is of this set (0.1 for ImageNet-1k in DINOv3 sec. 3.1)
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    shards: tuple[str, ...] = ()  # WebDataset folders, tars, globs or URLs (http, s3); ours or anyone's
+    sets: tuple[SetConfig, ...] = ()  # several sets mixed by weight, in place of `shards`
+    shuffle_buffer: int = 4096  # images of remote shards that are held to be shuffled; local shards are shuffled whole
 
 
 @dataclass(frozen=True)

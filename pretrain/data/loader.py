@@ -1,39 +1,42 @@
 """Batches by step number: the same ones for any number of workers, and whichever step comes first.
 
-Step s of a run takes places s * batch_size and following of the endless sequence (order.py); a rank takes its
-contiguous part. Nothing here has a state, so a resumed run asks for its next step and is there.
+Step s of a run takes places s * batch_size and following of the endless sequence (order.py; mixture.py for several
+sets); a rank takes its contiguous part. Nothing here has a state, so a resumed run asks for its next step and is there.
+Remote shards are the exception: they are read front to back, by a thread of the training process, and a resumed run
+names the position that its last batch carried (stream.py).
 """
 
 import os
+import queue
 import signal
 import sys
 import threading
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 
-import numpy as np
 import torch
-from PIL import Image
-from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from imaging.decode import Rejected, decode
 from runtime.errors import UserError
 from runtime.signals import SIGNALS
 
-from .augment import BOX_NUMBERS, cut, draw, min_side, recolor, sizes_of_step, views
 from .batch import Batch
 from .config import CropsConfig, MaskConfig, check
-from .masks import draw_masks
-from .order import samples_at
-from .shards import ShardSet
+from .device import RawBatch
+from .mixture import Mixture, Part
+from .recipe import Decoded, Recipe
+from .sources import Data
+from .stream import Item, Job, Position, Stream
 
 ATTEMPTS = 1000  # corrupt images in a row before the run gives up
+AHEAD = 2  # batches that each worker makes before they are asked for, and that are read ahead of the workers
 
 
 def batches(
-    shards: ShardSet,
+    data: Data,
     *,
     crops: CropsConfig,
     mask: MaskConfig,
@@ -45,30 +48,52 @@ def batches(
     num_steps: int,
     num_workers: int,
     patch_size: int,
-) -> Iterator[Batch]:
+    on_device: bool = False,
+    pin_memory: bool = False,
+    position: object = None,
+) -> Iterator[Batch | RawBatch]:
     """The batches of steps start_step .. start_step + num_steps - 1 for one rank.
 
-    `batch_size` counts the images of all ranks. The crops of an image depend on seed, epoch and sample only; masks on
-    seed and step. Raises UserError for values that do not fit each other, at once, and for shards of which nothing can
-    be decoded, at the step that meets them.
+    `batch_size` counts the images of all ranks. The crops of an image depend on seed, epoch and sample only; masks and
+    mixed sizes on seed and step. With `on_device` the crops are left to `device.finish`; `pin_memory` is for GPUs.
+    `position` is that of the last batch that was used, where the data are remote: the stream goes on behind it.
+    Raises UserError for values that do not fit each other, at once, and for shards of which nothing can be decoded, at
+    the step that meets them.
     """
     check(crops, mask, patch_size=patch_size)
     if batch_size < 1 or batch_size % world_size:
         raise UserError(f"train.batch_size: {batch_size} is not a multiple of the {world_size} processes")
-    steps = Steps(shards, crops, mask, seed, batch_size, world_rank, world_size, patch_size)
+    recipe = Recipe(crops, mask, seed, batch_size, world_rank, world_size, patch_size, on_device)
+    steps = range(start_step, start_step + num_steps)
+    jobs: Iterable[int | Job] = steps
+    if isinstance(data, Stream):
+        dataset = StreamedSteps(recipe)
+        jobs = data.jobs(
+            steps,
+            size=batch_size // world_size,
+            seed=seed,
+            rank=world_rank,
+            world_size=world_size,
+            position=None if position is None else Position(*position),  # pyright: ignore[reportGeneralTypeIssues]
+        )
+        jobs = _read_ahead(jobs)
+    else:
+        dataset = Steps(data if isinstance(data, Mixture) else Mixture((Part("", data),)), recipe)
     num_workers = min(num_workers, num_steps)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "This DataLoader will create .* worker processes")  # on a shared machine
         loader = DataLoader(
-            steps,
+            dataset,
             batch_size=None,
-            sampler=range(start_step, start_step + num_steps),
+            sampler=jobs,
             num_workers=num_workers,
             worker_init_fn=_start_worker,
+            prefetch_factor=AHEAD if num_workers else None,
+            pin_memory=pin_memory,
             # A forked worker starts at once and shares the index. It is safe here: workers compute on one thread, so
             # they never wait for threads that stayed in the parent, and they leave the device alone.
             multiprocessing_context="fork" if num_workers and sys.platform == "linux" else None,
-            generator=torch.Generator(),  # or the loader would draw from the global one, by which drop path is seeded
+            generator=torch.Generator(),  # or the loader would draw from the global one
         )
         results = iter(loader)  # starts the workers
     return _raise_or_yield(results)
@@ -78,90 +103,113 @@ def batches(
 class Steps(Dataset):
     """The batch of each step, computed from its number."""
 
-    shards: ShardSet
-    crops: CropsConfig
-    mask: MaskConfig
-    seed: int
-    batch_size: int  # over all ranks
-    rank: int
-    world_size: int
-    patch_size: int
+    data: Mixture
+    recipe: Recipe
 
-    def __getitem__(self, step: int) -> Batch | UserError | OSError:
-        """The batch of `step`, or what went wrong: an exception that crosses a process as a value stays one line."""
-        threads = torch.get_num_threads()
-        torch.set_num_threads(1)  # crops are small; and the training process may have this many threads busy already
-        try:
-            return self.batch(step)
-        except (UserError, OSError) as error:
-            return error
-        finally:
-            torch.set_num_threads(threads)
+    def __getitem__(self, job: int) -> Batch | RawBatch | UserError | OSError:
+        return _made(self.batch, job)
 
-    def batch(self, step: int) -> Batch:
-        """The batch of `step` for this rank."""
-        crops = sizes_of_step(self.crops, seed=self.seed, step=step)
-        size = self.batch_size // self.world_size
-        slots = np.arange(size) + self.rank * size  # [B] of the global batch
-        places = step * self.batch_size + slots
-        recipe, shortest = views(crops), min_side(crops)
+    def batch(self, job: int) -> Batch | RawBatch:
+        """The batch of step `job` for this rank."""
+        recipe = self.recipe
+        parts, places = self.data.places(job, recipe.slots, batch_size=recipe.batch_size)
+        shortest = recipe.min_side(job)
         skipped: list[str] = []
-        samples, pixels, numbers = [], [], []
-        for place, sample in zip(places.tolist(), self.samples_at(places), strict=True):
-            image, place, sample = self.decodable(place, sample, skipped, shortest)
-            drawn = draw(self.seed, place // len(self.shards), sample, crops=crops)
-            pixels.append(cut(image, drawn[:, :BOX_NUMBERS], recipe))
-            numbers.append(drawn[:, BOX_NUMBERS:])
-            samples.append(sample)
-
-        def finished(kinds: range) -> Tensor:
-            """The crops [kinds * B, 3, S, S] of some views of one size."""
-            sizes = {recipe[i].size for i in kinds} or {crops.local_size}
-            (side,) = sizes
-            out = torch.empty(len(kinds) * size, 3, side, side)
-            for number, i in enumerate(kinds):
-                part = out[number * size : (number + 1) * size]
-                recolor(
-                    torch.stack([row[i] for row in pixels]), np.stack([row[i] for row in numbers]), recipe[i], out=part
-                )
-            return out
-
-        num_local = self.crops.num_local
-        return Batch(
-            global_crops=finished(range(2)),
-            local_crops=finished(range(2, 2 + num_local)),
-            masks=self.masks(step, slots, side=crops.global_size // self.patch_size),
-            samples=torch.tensor(samples),
-            skipped=tuple(skipped),
-            gram_crops=finished(range(2 + num_local, 4 + num_local)) if crops.gram_size else None,
+        images = (
+            self.decodable(part, place, skipped=skipped, min_side=shortest)
+            for part, place in zip(parts.tolist(), places.tolist(), strict=True)
         )
+        return recipe.batch(job, images, skipped=skipped)
 
-    def samples_at(self, places: np.ndarray) -> list[int]:
-        return samples_at(self.seed, places, len(self.shards)).tolist()
+    def decodable(self, part: int, place: int, *, skipped: list[str], min_side: int) -> Decoded:
+        """The image at `place` of the endless sequence of a part.
 
-    def decodable(self, place: int, sample: int, skipped: list[str], shortest: int) -> tuple[Image.Image, int, int]:
-        """The image `sample` at `place` of the endless sequence, with its place and number.
-
-        One that cannot be decoded is named in `skipped` and replaced by the one that has its slot in the next batch,
-        and so on: so no image comes twice into one batch.
+        One that cannot be decoded is named in `skipped` and replaced by the one of the same part that comes a batch
+        later, and so on: so no image comes twice into one batch.
         """
         for _ in range(ATTEMPTS):
-            key, data = self.shards.read(sample)
+            epoch, sample = self.data.at(part, place, seed=self.recipe.seed)
+            key, data = self.data.read(sample)
             try:
-                image, _ = decode(data, min_side=shortest)
-                return image, place, sample
+                return Decoded(decode(data, min_side=min_side)[0], epoch, sample)
             except Rejected as error:
                 skipped.append(f"{key}: {error.reason}")
-            place += self.batch_size
-            (sample,) = self.samples_at(np.array([place]))
+            place += self.recipe.batch_size
         raise UserError(f"data.shards: {ATTEMPTS} images in a row cannot be decoded, first {skipped[-ATTEMPTS]}")
 
-    def masks(self, step: int, slots: np.ndarray, *, side: int) -> Tensor:
-        """Masks [2 * B, N] of this rank's global crops; those of all ranks are numbered first crops, then second."""
-        numbers = np.concatenate([slots, self.batch_size + slots])
-        return draw_masks(
-            self.seed, step, num_crops=2 * self.batch_size, crops=numbers, grid=(side, side), config=self.mask
+
+@dataclass(frozen=True)
+class StreamedSteps(Dataset):
+    """The batch of each step from the images that were read for it."""
+
+    recipe: Recipe
+
+    def __getitem__(self, job: Job) -> Batch | RawBatch | UserError | OSError:
+        return _made(self.batch, job)
+
+    def batch(self, job: Job) -> Batch | RawBatch:
+        shortest = self.recipe.min_side(job.step)
+        skipped: list[str] = []
+        spares = iter(job.spares)
+        images = (self.decodable(item, spares, skipped=skipped, min_side=shortest) for item in job.items)
+        return self.recipe.batch(job.step, images, skipped=skipped, position=tuple(job.position))
+
+    @staticmethod
+    def decodable(item: Item, spares: Iterator[Item], *, skipped: list[str], min_side: int) -> Decoded:
+        """The image of `item`, or of the next spare one where it cannot be decoded; `skipped` names the former."""
+        for candidate in (item, *spares):
+            try:
+                return Decoded(decode(candidate.data, min_side=min_side)[0], candidate.epoch, candidate.sample)
+            except Rejected as error:
+                skipped.append(f"{candidate.key}: {error.reason}")
+        raise UserError(
+            f"data.shards: {len(skipped)} images of one batch cannot be decoded, first {skipped[0]}\n"
+            f"  a fifth of a batch is replaced at most; look at the shards that it comes from"
         )
+
+
+def _made(make: Callable[..., Batch | RawBatch], job: int | Job) -> Batch | RawBatch | UserError | OSError:
+    """What `make` makes of `job` on one thread, or what went wrong: as a value an error crosses processes as it is."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # crops are small; and the training process may have this many threads busy already
+    try:
+        return make(job)
+    except (UserError, OSError) as error:
+        return error
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _read_ahead(jobs: Iterator[Job]) -> Iterator[Job]:
+    """`jobs`, read by a thread so that the network works while the training process computes."""
+    ready: queue.Queue[Job | Exception | None] = queue.Queue(AHEAD)
+    stopped = threading.Event()
+
+    def put(result: Job | Exception | None) -> None:
+        while not stopped.is_set():
+            with suppress(queue.Full):
+                return ready.put(result, timeout=0.1)
+        return None
+
+    def read() -> None:
+        try:
+            for job in jobs:
+                put(job)
+                if stopped.is_set():
+                    return
+        except Exception as error:  # noqa: BLE001 raised again in the training process
+            put(error)
+        else:
+            put(None)
+
+    threading.Thread(target=read, daemon=True).start()  # after the workers are forked, when the first job is asked for
+    try:
+        while (result := ready.get()) is not None:
+            if isinstance(result, Exception):
+                raise result
+            yield result
+    finally:
+        stopped.set()
 
 
 def _raise_or_yield(results: Iterator[Batch | Exception]) -> Iterator[Batch]:

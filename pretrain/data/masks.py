@@ -30,8 +30,11 @@ def draw_masks(
     counts = mask_counts(
         generator(seed, "mask counts", step), num_crops=num_crops, num_patches=grid[0] * grid[1], config=config
     )
-    masks = [block_mask(generator(seed, "mask", step, int(crop)), grid, int(counts[crop])) for crop in crops]
-    return torch.from_numpy(np.stack(masks).reshape(len(crops), -1))
+    masks = np.zeros((len(crops), *grid), bool)
+    for row in np.flatnonzero(counts[crops]):
+        crop = int(crops[row])
+        masks[row] = block_mask(generator(seed, "mask", step, crop), grid, int(counts[crop]))
+    return torch.from_numpy(masks.reshape(len(crops), -1))
 
 
 def mask_counts(random: np.random.Generator, *, num_crops: int, num_patches: int, config: MaskConfig) -> np.ndarray:

@@ -1,9 +1,11 @@
 """Images in WebDataset shards, read by number.
 
 A shard is a tar. The `.idx` that curation writes beside it says where each member lies; a tar without one (anyone's
-WebDataset) is scanned once, headers only. A sample is a key with an image; of several images the first counts.
+WebDataset) is scanned once, headers only, and what was found is kept beside it, or in a folder of the run where nothing
+can be written there. A sample is a key with an image; of several images the first counts.
 """
 
+import glob
 import hashlib
 import os
 from collections.abc import Sequence
@@ -17,7 +19,7 @@ import pyarrow.parquet as pq
 
 from imaging.decode import IMAGE_EXTENSIONS
 from runtime.errors import UserError
-from runtime.files import locate
+from runtime.files import EMBEDDED, locate, write_table
 from runtime.progress import say
 from runtime.tars import group_samples, scan_tar
 
@@ -44,9 +46,12 @@ class ShardSet:
     files: dict[int, BinaryIO] = field(default_factory=dict, repr=False)  # open shards, oldest first
 
     @classmethod
-    def open(cls, paths: Sequence[str]) -> "ShardSet":
-        """The set behind folders, tars and globs, in the given order. Raises UserError, naming the shard at fault."""
-        shards = tuple(_open_shard(path) for path in _find_tars(paths))
+    def open(cls, paths: Sequence[str], *, index: Path | None = None) -> "ShardSet":
+        """The set behind folders, tars and globs, in the given order. Raises UserError, naming the shard at fault.
+
+        `index` is a folder for scans of tars beside which nothing can be written.
+        """
+        shards = tuple(_open_shard(path, index) for path in _find_tars(paths))
         ends = np.cumsum([len(shard.keys) for shard in shards])
         if not ends[-1]:
             raise UserError(f"data.shards: no image in {', '.join(paths)}")
@@ -54,6 +59,10 @@ class ShardSet:
 
     def __len__(self) -> int:
         return int(self.ends[-1])
+
+    @property
+    def num_images(self) -> int:
+        return len(self)
 
     def read(self, index: int) -> tuple[str, bytes]:
         """Key and encoded bytes of an image."""
@@ -94,9 +103,9 @@ def _find_tars(paths: Sequence[str]) -> list[Path]:
     return tars
 
 
-def _open_shard(path: Path) -> Shard:
+def _open_shard(path: Path, folder: Path | None) -> Shard:
     index = path.with_suffix(".idx")
-    table = _read_index(path, index) if index.is_file() else _scan(path)
+    table = _read_index(path, index) if index.is_file() else _scan_once(path, folder)
     keys = table["key"].to_numpy()
     endings = [extension.rpartition(".")[2] for extension in table["extension"].to_pylist()]
     images = np.flatnonzero(np.isin(endings, IMAGE_EXTENSIONS))
@@ -128,6 +137,30 @@ def _read_index(path: Path, index: Path) -> pa.Table:
             f"data.shards: {path} has {size} bytes, but its index reaches to byte {end}: cut off, or not its index\n"
             f"  copy the tar again, or remove {index.name} if the tar is another one: it is scanned then"
         )
+    return table
+
+
+def _scan_once(path: Path, folder: Path | None) -> pa.Table:
+    """`_scan` of this very state of the tar, kept beside it or else in `folder`."""
+    state = path.stat()
+    name = f".{path.name}.{state.st_size}-{state.st_mtime_ns}.scan"
+    places = [] if path.is_relative_to(locate(EMBEDDED)) else [path.with_name(name)]  # a package stays as it is
+    if folder is not None:
+        places.append(folder / f"{hashlib.blake2b(str(path.absolute()).encode(), digest_size=8).hexdigest()}{name}")
+    for place in places:
+        if place.is_file():
+            return _read_index(path, place)
+    table = _scan(path)
+    for place in places:
+        try:
+            place.parent.mkdir(parents=True, exist_ok=True)
+            write_table(place, table)
+        except OSError:
+            continue  # a folder that only others may write to
+        for old in place.parent.glob(f"{glob.escape(place.name.removesuffix(name))}.{glob.escape(path.name)}.*.scan"):
+            if old != place:
+                old.unlink(missing_ok=True)
+        break
     return table
 
 

@@ -271,7 +271,7 @@ def test_no_steps_left(pool):
 )
 def test_values_that_do_not_fit_are_refused_before_any_work(changes, message):
     with pytest.raises(UserError) as error:
-        batches(**({"shards": None, "crops": CROPS, "mask": MaskConfig(), "seed": 0, "batch_size": 8, "start_step": 0,
+        batches(**({"data": None, "crops": CROPS, "mask": MaskConfig(), "seed": 0, "batch_size": 8, "start_step": 0,
                     "num_steps": 1, "num_workers": 0, "patch_size": 4} | changes))  # fmt: skip
     assert message in str(error.value)
     assert len(str(error.value).splitlines()) <= 2
