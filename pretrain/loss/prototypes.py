@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from . import targets as _targets
-from .targets import Targets, product_dtype
+from .targets import Targets, product_dtype, scores_of
 
 
 class PrototypeLoss(NamedTuple):
@@ -25,18 +25,33 @@ class PrototypeLoss(NamedTuple):
 
 
 def prototype_loss(
-    z: Tensor, w: Tensor, targets: Targets, *, pairs: Tensor, weights: Tensor, temperature: float = 0.1
+    z: Tensor,
+    w: Tensor,
+    targets: Targets,
+    *,
+    pairs: Tensor,
+    weights: Tensor,
+    temperature: float = 0.1,
+    measure: bool = True,
 ) -> PrototypeLoss:
     """sum over m, r, c of weights_m pairs_rc CE(p_cm, softmax(z_rm . w / temperature)).
 
     Rows `z` [R, M, d] and prototypes `w` [K, d] of the student, `targets.features` [C, M, d], `pairs` [R, C] and
     `weights` [M]. Image level (DINOv2 sec. 4): C = 2 global crops, R = 2 + L crops, M images, pairs of `crop_pairs`,
     weights 1 / M. Patch level: R = C = 1, M masked patches. Products are computed as autocast says, softmax and
-    losses in float32. No row gives 0.
+    losses in float32. No row gives 0. Without `measure`, entropy and mass are 0.
     """
     learns = torch.is_grad_enabled()
-    learning = (learns and z.requires_grad, learns and w.requires_grad)
-    return PrototypeLoss(*_PrototypeLoss.apply(z, w, targets, pairs, weights, temperature, learning))  # pyright: ignore
+    asked = Asked(learns and z.requires_grad, learns and w.requires_grad, measure)
+    return PrototypeLoss(*_PrototypeLoss.apply(z, w, targets, pairs, weights, temperature, asked))
+
+
+class Asked(NamedTuple):
+    """What a call computes beside the loss."""
+
+    grad_z: bool
+    grad_w: bool
+    measures: bool
 
 
 class _PrototypeLoss(torch.autograd.Function):
@@ -49,14 +64,14 @@ class _PrototypeLoss(torch.autograd.Function):
         pairs: Tensor,
         weights: Tensor,
         temperature: float,
-        learning: tuple[bool, bool],
+        asked: Asked,
     ) -> tuple[Tensor, Tensor, Tensor]:
         dtype = product_dtype(w)
         exact = torch.promote_types(dtype, torch.float32)
         # float16 would lose the gradient of a single logit, which is of the order weight / K.
         back = torch.bfloat16 if dtype == torch.bfloat16 else exact
-        grad_z = torch.zeros_like(z, dtype=exact) if learning[0] else None
-        grad_w = torch.zeros_like(w, dtype=exact) if learning[1] else None
+        grad_z = torch.zeros_like(z, dtype=exact) if asked.grad_z else None
+        grad_w = torch.zeros_like(w, dtype=exact) if asked.grad_w else None
         with torch.autocast(w.device.type, enabled=False):
             pairs, weights = pairs.to(exact), weights.to(exact)
             each = pairs.sum(1)  # [R]; what a row counts for, so that its mixed targets sum to 1
@@ -66,11 +81,12 @@ class _PrototypeLoss(torch.autograd.Function):
             loss, entropy, mass = (w.new_zeros(shape, dtype=exact) for shape in ((), (), (len(w),)))
             for part in _chunks(z.shape[1], width=(len(z) + len(told.features)) * len(w)):
                 factor = each[:, None] * weights[part]  # [R, m]
-                log_p = told.rows(part).log_probabilities()  # [C, m, K]
-                p = log_p.exp()
-                entropy -= (torch.linalg.vecdot(p, log_p).mean(0) * weights[part]).sum()
-                mass += (weights[part].repeat(len(p)) / len(p)) @ p.flatten(0, 1)
-                log_q = _targets.scores_of(own[:, part], prototypes).div_(temperature).log_softmax(-1)  # [R, m, K]
+                scores = told.rows(part).scores()
+                p = scores.softmax(-1)  # [C, m, K]
+                if asked.measures:
+                    entropy -= (torch.linalg.vecdot(p, scores.log_softmax(-1)).mean(0) * weights[part]).sum()
+                    mass += (weights[part].repeat(len(p)) / len(p)) @ p.flatten(0, 1)
+                log_q = scores_of(own[:, part], prototypes, temperature=temperature).log_softmax(-1)  # [R, m, K]
                 t = p if mix.numel() == 1 else (mix @ p.flatten(1)).view_as(log_q)
                 loss -= (torch.linalg.vecdot(t, log_q) * factor).sum()
                 if grad_z is None and grad_w is None:

@@ -6,20 +6,19 @@ centring (DINO, Caron et al. 2021, eq. 4) differ in `shift` alone, a vector over
 M rows, C sets of rows, d bottleneck, K prototypes.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from torch import Tensor
 
-CHUNK = 2**24  # scores that a pass over rows holds at a time (64 MiB in float32)
+CHUNK = 2**25  # scores that are looked at together, a student's and its targets' (128 MiB in float32)
 
 
 @dataclass(frozen=True)
 class Targets:
-    """Everything that `log_probabilities` needs; holds no graph."""
+    """Everything that `scores` needs, and no graph."""
 
     features: Tensor  # bottleneck features [C, M, d] of the teacher, on the unit sphere
     prototypes: Tensor  # [K, d], as the teacher's head gives them to `read`
@@ -30,10 +29,9 @@ class Targets:
         """The targets of a part of the M rows."""
         return replace(self, features=self.features[:, part])
 
-    def log_probabilities(self) -> Tensor:
-        """Logarithms of the targets [C, M, K], float32. What is not chunked by rows is large."""
-        scores = scores_of(self.features, self.prototypes).div_(self.temperature).add_(self.shift)
-        return scores.log_softmax(dim=-1)
+    def scores(self) -> Tensor:
+        """[C, M, K], float32; softmax of them over K is the targets. Large, unless for few `rows`."""
+        return scores_of(self.features, self.prototypes, temperature=self.temperature).add_(self.shift)
 
 
 def product_dtype(weight: Tensor) -> torch.dtype:
@@ -42,10 +40,11 @@ def product_dtype(weight: Tensor) -> torch.dtype:
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
 
 
-def scores_of(features: Tensor, prototypes: Tensor) -> Tensor:
-    """[..., K] of features [..., d]: products in `product_dtype`, the result in float32 (float64 stays)."""
-    scores = F.linear(features, prototypes)
-    return scores.to(torch.promote_types(scores.dtype, torch.float32))
+def scores_of(z: Tensor, w: Tensor, *, temperature: float) -> Tensor:
+    """z . w / temperature: [..., K] of features [..., d]. The product is of their type, the result float32 at least."""
+    rows = z.flatten(0, -2)
+    scores = torch.addmm(rows.new_zeros(()), rows, w.T, beta=0, alpha=1 / temperature)
+    return scores.to(torch.promote_types(scores.dtype, torch.float32)).view(*z.shape[:-1], len(w))
 
 
 @torch.no_grad()
@@ -61,11 +60,11 @@ def sinkhorn_shift(
     process may have no rows; where none has, the shift is 0.
     """
     z, w = z.to(product_dtype(w)), w.to(product_dtype(w))
-    blocks = z.split(max(1, CHUNK // len(w)))
-    held = _scores(blocks[0], w, temperature) if len(blocks) == 1 else None
+    blocks = z.split(max(1, CHUNK // (2 * len(w))))
+    held = [scores_of(z, w, temperature=temperature)] if len(blocks) == 1 else None
 
-    def passes() -> Iterator[Tensor]:
-        return iter([held]) if held is not None else (_scores(block, w, temperature) for block in blocks)
+    def passes() -> Iterable[Tensor]:
+        return held or (scores_of(block, w, temperature=temperature) for block in blocks)
 
     log_mass = w.new_full((len(w),), -torch.inf, dtype=torch.promote_types(w.dtype, torch.float32))
     for scores in passes():
@@ -86,10 +85,6 @@ def sinkhorn_shift(
         # Columns summed to 1 before the rows were divided by at most K: no mass is below 1 / K, unless there is no row.
         shift = shift - mass.clamp_min(1 / len(w)).log()
     return shift
-
-
-def _scores(z: Tensor, w: Tensor, temperature: float) -> Tensor:
-    return scores_of(z, w).div_(temperature)
 
 
 def center_shift(center: Tensor, *, temperature: float) -> Tensor:
