@@ -4,6 +4,7 @@ A pure function of the step and of files that the run leaves in `<out>/gram/`: t
 """
 
 import math
+from collections.abc import Sequence
 from pathlib import Path
 
 from runtime.errors import UserError
@@ -49,7 +50,7 @@ def snapshot_folder(step: int, out: Path) -> Path:
     return out / "gram" / step_name(step)
 
 
-def check(stages: list[Stage]) -> None:
+def check(stages: Sequence[Stage]) -> None:
     """Raise UserError for a stage that is to be anchored and has nothing to be anchored to."""
     first = stages[0]
     keep_at = first.config.gram.keep_at

@@ -3,8 +3,9 @@
 import functools
 import resource
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -16,87 +17,136 @@ from runtime.seeding import key
 from runtime.signals import StopRequest
 from runtime.world import World
 
+from .alarm import Alarm, NonFiniteLoss, nonfinite
 from .build import Learner
 from .config import PretrainConfig
+from .cost import flops_per_step, tokens_per_step
+from .data.device import finish
 from .data.loader import batches
-from .data.shards import ShardSet
+from .data.sources import Data
+from .data.stream import Stream
+from .export import load_backbone
+from .gram import teacher_folder
+from .gram import weight as gram_weight
+from .health import status_note
+from .model.vit import VisionTransformer
+from .rate import peak_flops, throughput
 from .schedules import at_step
+from .stages import Stage
 from .state import TrainState
-from .step import NonFiniteLoss, train_step
+from .step import Recipe, Teachers, train_step
+
+
+class Made(NamedTuple):
+    """What a step made."""
+
+    row: dict[str, float]  # of metrics; empty at steps that are neither logged nor checkpointed
+    asked_to_stop: bool
+    reader: object  # where a stream of remote shards stands after it
 
 
 def training_steps(
     state: TrainState,
-    teacher: Learner | None,
-    config: PretrainConfig,
-    shards: ShardSet,
+    stage: Stage,
+    stages: Sequence[Stage],
+    data: Data,
     *,
+    teacher: Learner | None,
+    reader: object,
     world: World,
     stop: StopRequest | None,
-) -> Iterator[tuple[dict[str, float], bool]]:
-    """Make the steps that are left; after each, yield its row of metrics and whether a stop was asked for.
+) -> Iterator[Made]:
+    """Make the steps of `stage` that are left, and yield what each made.
 
-    The row is full at the steps that are logged or checkpointed, and empty in between, where nothing waits for
-    the device.
+    `reader` is where a stream of remote shards stands. Nothing waits for the device but at steps that are logged.
     """
-    precision = choose_precision(config.train.precision, world.device)
+    config, out, total = stage.config, Path(stage.config.out), stages[-1].end
     if world.device.type == "cpu":
         torch.set_num_threads(threads(world.local_size))
+    recipe = Recipe(
+        loss=config.loss,
+        clip=config.optim.clip,
+        precision=choose_precision(config.train.precision, world.device),
+        accumulate=config.train.accumulate,
+        all_patches=teacher is not None,
+        seed=stage_seed(stage),
+        rank=world.rank,
+        group=world.group,
+    )
     loader = batches(
-        shards,
+        data,
         crops=config.crops,
         mask=config.mask,
-        seed=config.seed,
+        seed=recipe.seed,
         batch_size=config.train.batch_size,
         world_rank=world.rank,
         world_size=world.size,
-        start_step=state.step,
-        num_steps=config.train.steps - state.step,
+        start_step=state.step - stage.start,
+        num_steps=stage.end - state.step,
         num_workers=config.workers,
         patch_size=config.model.patch_size,
+        on_device=config.train.augment_on == "device",
+        pin_memory=world.device.type == "cuda",
+        position=reader,
     )
-    clock = Clock()
-    with Progress("step", total=config.train.steps, unit="steps", done=state.step) as progress:
+    anchor, alarm, clock = GramAnchor(world.device), Alarm(config), Clock()
+    size, tokens, flops = config.train.batch_size, tokens_per_step(config), flops_per_step(config)
+    peak = world.size * peak_flops(world.device, recipe.precision)
+    with Progress("step", total=total, unit="steps", done=state.step) as progress:
         note = ""
-        for batch in clock.waiting(loader):
-            values = at_step(state.step, config.optim, config.teacher, config.train)
-            seed_step(config.seed, state.step, world)
-            batch = batch.to(world.device)
-            logged = is_logged(state.step + 1, config)
+        for raw in clock.waiting(loader):
+            step = state.step - stage.start
+            values = at_step(step, config.optim, config.teacher, config.train)
+            teachers = Teachers(
+                teacher or state.ema,
+                gram=anchor.at(teacher_folder(state.step, stage, stages[0], out)),
+                gram_weight=gram_weight(step, config),
+            )
+            batch = finish(raw, world.device)
+            logged = is_logged(state.step + 1, config, total)
             try:
-                measured = train_step(
-                    state,
-                    teacher or state.ema,
-                    batch,
-                    values,
-                    weights=config.loss,
-                    clip=config.optim.clip,
-                    precision=precision,
-                    group=world.group,
-                    all_patches=teacher is not None,
-                    measure=logged,
-                )
+                measured = train_step(state, teachers, batch, values, recipe, measure=logged)
             except NonFiniteLoss as error:
-                raise RuntimeError(
-                    f"step {state.step + 1}, rank {world.rank}: {error}; the optimizer has not moved and the last "
-                    f"checkpoint is good\n  samples {batch.samples.tolist()[:16]}; try a lower optim.lr"
-                ) from error
+                ids = batch.samples.tolist()
+                keys = [] if isinstance(data, Stream) else [data.read(sample)[0] for sample in ids]
+                raise nonfinite(error, out=out, step=state.step + 1, rank=world.rank, samples=ids, keys=keys) from error
             clock.count(len(batch.samples) * world.size)
             if batch.skipped:
-                append_lines(Path(config.out) / "skipped.txt", batch.skipped)
+                append_lines(out / "skipped.txt", batch.skipped)
             row: dict[str, float] = {}
             asked = stop_asked(stop, world)
             if logged or asked:
                 row = mean_over_processes(measured, world)
                 row |= {"lr": values.lr, "weight_decay": values.weight_decay, "momentum": values.momentum}
                 row |= {"temperature": values.temperature, **clock.rates(), "memory_gb": peak_memory_gb(world.device)}
-                note = (
-                    f"loss {row['loss']:.3f} (dino {row['dino']:.3f} ibot {row['ibot']:.3f} koleo {row['koleo']:.3f}) "
-                    f"{row['images_per_second']:.0f} img/s wait {row['wait']:.0%}"
-                )
+                row |= throughput(row["images_per_second"], batch_size=size, flops=flops, tokens=tokens, peak=peak)
+                if len(stages) > 1:
+                    row |= {"stage": stage.index, "gram_weight": teachers.gram_weight}
+                alarm.check(state.step, row)
+                note = status_note(row)
             if world.is_main:
                 progress.advance(1, note)
-            yield row, asked
+            yield Made(row, asked, batch.position)
+
+
+def stage_seed(stage: Stage) -> int:
+    """The seed of data order, crops, masks and noise: every stage counts its own steps from 0."""
+    return stage.config.seed if stage.index == 0 else key(stage.config.seed, "stage", stage.index) % 2**63
+
+
+class GramAnchor:
+    """The Gram teacher at hand: read when the folder that it comes from changes."""
+
+    def __init__(self, device: torch.device):
+        self.device = device
+        self.folder: Path | None = None
+        self.backbone: VisionTransformer | None = None
+
+    def at(self, folder: Path | None) -> VisionTransformer | None:
+        if folder != self.folder:
+            self.folder = folder
+            self.backbone = None if folder is None else load_backbone(folder, self.device)[0].requires_grad_(False)
+        return self.backbone
 
 
 def threads(processes: int) -> int:
@@ -109,14 +159,9 @@ def threads(processes: int) -> int:
     return max(1, cores() // (2 * processes))
 
 
-def is_logged(step: int, config: PretrainConfig) -> bool:
-    """Whether the row of `step` (counted from 1) goes into metrics.jsonl."""
-    return step % config.train.log_every == 0 or step % config.checkpoint.every == 0 or step == config.train.steps
-
-
-def seed_step(seed: int, step: int, world: World) -> None:
-    """Drop path draws from torch's generator: name its state by the step, so that a resumed run draws the same."""
-    torch.manual_seed(key(seed, "drop path", step, world.rank) % 2**63)
+def is_logged(step: int, config: PretrainConfig, total: int) -> bool:
+    """Whether the row of `step` (counted from 1) of `total` goes into metrics.jsonl."""
+    return step % config.train.log_every == 0 or step % config.checkpoint.every == 0 or step == total
 
 
 def stop_asked(stop: StopRequest | None, world: World) -> bool:
@@ -151,7 +196,7 @@ def choose_precision(name: str, device: torch.device) -> torch.dtype:
     if name == "auto":
         fast = torch.cuda.is_bf16_supported() if device.type == "cuda" else cpu_multiplies_bfloat16()
         return torch.bfloat16 if fast else torch.float32
-    return {"bfloat16": torch.bfloat16, "float32": torch.float32}[name]
+    return {"bfloat16": torch.bfloat16, "float32": torch.float32, "float16": torch.float16}[name]
 
 
 def peak_memory_gb(device: torch.device) -> float:

@@ -29,11 +29,10 @@ from pretrain.data.config import CropsConfig
 from pretrain.export import convert, load_backbone, load_teacher, random_backbone
 from pretrain.train import pretrain
 from runtime.config import to_yaml
-from runtime.errors import Stopped, UserError
-from runtime.metrics import read_metrics
+from runtime.errors import Failed, Stopped, UserError
+from runtime.metrics import CLOCK, read_metrics
 
 STEPS = 6
-TIMING = {"images_per_second", "wait", "memory_gb"}
 
 
 def config(out: Path, **changes) -> PretrainConfig:
@@ -55,7 +54,7 @@ def config(out: Path, **changes) -> PretrainConfig:
 
 def rows(out: Path) -> list[dict[str, float]]:
     """metrics.jsonl without what depends on the clock."""
-    return [{k: v for k, v in row.items() if k not in TIMING} for row in read_metrics(out)]
+    return [{k: v for k, v in row.items() if k not in CLOCK} for row in read_metrics(out)]
 
 
 def weights(export: Path) -> dict[str, torch.Tensor]:
@@ -83,9 +82,12 @@ def test_files_of_a_run(whole):
     out = whole.parent.parent
     assert {p.name for p in out.iterdir()} == {
         "config.yaml", "environment.json", "metrics.jsonl", "status.json", "tensorboard", "checkpoints", "exports",
+        "index",
     }  # fmt: skip
     assert [p.name for p in sorted((out / "checkpoints").iterdir())] == ["step-00000004", "step-00000006"]
-    assert json.loads((out / "status.json").read_text()) == {"status": "done", "step": STEPS, "steps": STEPS}
+    assert json.loads((out / "status.json").read_text()) == {
+        "status": "done", "step": STEPS, "steps": STEPS, "stage": "pretrain",
+    }  # fmt: skip
     assert [row["step"] for row in rows(out)] == list(range(1, STEPS + 1))
 
 
@@ -187,9 +189,11 @@ def test_wrong_input_is_one_clear_line_and_leaves_no_folder(tmp_path, changes, m
 
 def test_a_loss_that_is_not_finite_stops_before_the_optimizer_moves(tmp_path):
     out = tmp_path / "run"
-    with pytest.raises(RuntimeError, match=r"step \d+, rank 0: loss .*\n  samples"):
+    with pytest.raises(Failed, match=r"step \d+: loss is nan on rank 0; .*\n  the images of the batch are listed in"):
         pretrain(config(out, optim=OptimConfig(lr=1e30, reference_batch=8, warmup=0.0, clip=0.0)))
     assert not (out / "exports").exists()
+    (dump,) = out.glob("nonfinite-step-*.json")
+    assert len(json.loads(dump.read_text())["keys"]) == 8
 
 
 def test_export_kinds_and_their_loaders(whole, tmp_path):
