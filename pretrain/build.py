@@ -83,6 +83,7 @@ def build_learner(
             drop_path=model.drop_path,
             layerscale=model.layerscale,
             rope_jitter=model.rope_jitter,
+            attention=model.attention,
         )
         learner = Learner(backbone, *build_heads(heads, backbone.shape.dim))
     return learner if str(device) == "meta" else materialise(learner, device=device, seed=seed, init=model.init)

@@ -40,7 +40,7 @@ def examine(versions: dict[str, str | None] | None = None) -> dict[str, Any]:
     if about["packages"].get("faiss-cpu") and about["packages"].get("faiss-gpu-cuvs"):
         notes.append("faiss-cpu and faiss-gpu-cuvs share one folder: pip uninstall both, then install the one you want")
     if about["packages"].get("xformers"):
-        notes.append("xformers is installed; this version of troodon does not use it")
+        notes.append("xformers is installed; training uses it only when asked to, with model.attention=xformers")
     return {**found, "notes": notes, "problems": problems}
 
 
@@ -129,11 +129,15 @@ def cpu_rate(dtype: Any, *, size: int = 512, repeats: int = 5) -> float:
 
 
 def _attention() -> str:
+    """What `model.attention=auto` comes to on this machine."""
     import torch
 
-    if torch.cuda.is_available():
-        return "SDPA over groups of equally long sequences (PyTorch's CUDA kernels)"
-    return "SDPA over groups of equally long sequences; in bfloat16 on a CPU written-out products, which are faster"
+    from pretrain.model.attention import choose_backend
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    dtypes = (torch.bfloat16, torch.float32)
+    half, single = (choose_backend("auto", device=device, dtype=dtype).name for dtype in dtypes)
+    return f"{half} in bfloat16, {single} in float32 (model.attention=auto)"
 
 
 def _faiss() -> dict[str, Any]:

@@ -3,17 +3,24 @@
 T tokens, S sequences of L tokens, Q queries, H heads, E width of a head.
 """
 
-from typing import Protocol
+from typing import Literal, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from runtime.errors import UserError
+
+from .kernels import Flex, Varlen, Xformers
 from .packed import Groups
+
+Backend = Literal["auto", "sdpa", "varlen", "xformers", "flex"]
 
 
 class Attend(Protocol):
     """Attention over sequences of known lengths, prepared once and used by many blocks."""
+
+    name: str
 
     def __init__(self, groups: Groups, num_queries: Tensor | None, device: torch.device):
         """groups: of keys and values. num_queries: int64 [S], of each sequence; None: every token asks."""
@@ -30,6 +37,8 @@ class Sdpa:
     Where some sequences of a run have fewer queries than others, these are padded. In bfloat16 on a CPU the products
     are written out: PyTorch's fused backward is about three times slower there (docs/decisions.md).
     """
+
+    name = "sdpa"
 
     def __init__(self, groups: Groups, num_queries: Tensor | None, device: torch.device):
         self.groups = groups
@@ -77,3 +86,23 @@ def _padding(counts: Tensor, device: torch.device) -> tuple[Tensor, Tensor] | No
     rows = starts[:, None] + torch.minimum(place, counts[:, None] - 1)  # the last row again and again
     real = (place < counts[:, None]).flatten().nonzero()[:, 0]
     return rows.flatten().to(device), real.to(device)
+
+
+def choose_backend(name: Backend, *, device: torch.device | str, dtype: torch.dtype) -> type[Attend]:
+    """The backend for queries of that type on that device; `auto`: varlen on CUDA in half precision, else sdpa.
+
+    Raises UserError for one that cannot run there.
+    """
+    kind = torch.device(device).type
+    half = dtype in (torch.bfloat16, torch.float16)
+    if name == "auto":
+        return Varlen if kind == "cuda" and half else Sdpa
+    if name in ("varlen", "xformers") and not (kind == "cuda" and half):
+        raise UserError(
+            f"model.attention: {name} needs CUDA and bfloat16 or float16; found {kind} and {str(dtype)[6:]}\n"
+            f"  leave it at auto, which chooses by device and precision"
+        )
+    backend: type[Attend] = {"sdpa": Sdpa, "varlen": Varlen, "xformers": Xformers, "flex": Flex}[name]
+    if backend is Xformers:
+        Xformers.check()
+    return backend

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .attention import Sdpa
+from .attention import Backend, choose_backend
 from .blocks import Block
 from .noise import Noise, draw_stretch
 from .packed import Groups, PackedTokens, pack, unpack
@@ -69,9 +69,18 @@ class PatchEmbed(nn.Module):
 class VisionTransformer(nn.Module):
     """ViT (Dosovitskiy et al. 2021) with registers; takes images of several sizes in one packed pass."""
 
-    def __init__(self, shape: Shape, *, drop_path: float = 0.0, layerscale: float = 1e-5, rope_jitter: float = 1.0):
+    def __init__(
+        self,
+        shape: Shape,
+        *,
+        drop_path: float = 0.0,
+        layerscale: float = 1e-5,
+        rope_jitter: float = 1.0,
+        attention: Backend = "auto",
+    ):
         super().__init__()
         self.shape = shape
+        self.attention: Backend = attention
         self.drop_path = drop_path
         self.rope_jitter = rope_jitter
         dim, side = shape.dim, shape.image_size // shape.patch_size
@@ -116,11 +125,13 @@ class VisionTransformer(nn.Module):
         live, num_wanted = None, None
         if wanted is not None:
             live, num_wanted = live_rows(tokens.groups, wanted, first_patch=1 + self.shape.num_registers)
+        device = tokens.values.device
+        cast_to = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else None
         rows = block_rows(
             tokens.groups,
-            Sdpa,
+            choose_backend(self.attention, device=device, dtype=cast_to or tokens.values.dtype),
             depth=self.shape.depth,
-            device=tokens.values.device,
+            device=device,
             drop=self.drop_path,
             noise=noise,
             live=live,
@@ -162,6 +173,10 @@ class VisionTransformer(nn.Module):
         height, width = images.shape[-2] // size, images.shape[-1] // size
         if images.shape[-2] % size or images.shape[-1] % size:
             raise ValueError(f"images of {images.shape[-2]}x{images.shape[-1]} do not divide into patches of {size}")
+        if images.shape[1] != self.shape.in_chans:
+            raise ValueError(
+                f"images have {images.shape[1]} channels; the model takes {self.shape.in_chans} (in_chans)"
+            )
         x = self.patch_embed(images)
         if mask is not None:
             x = torch.where(mask[..., None], self.mask_token.to(x.dtype), x)
