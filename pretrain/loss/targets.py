@@ -57,7 +57,7 @@ def sinkhorn_shift(
     and prototypes get nearly equal mass over the rows of all processes of `group` (None: one process). The shift is
     the logarithm of the second vector; the first is what softmax does. In the log domain, so that no score overflows
     (dinov3's plain prototypes are unbounded) and no prototype loses its rows; `CHUNK` scores exist at a time. A
-    process may have no rows; where none has, the shift is 0.
+    process may have no rows; where none has, the shift is the same for all prototypes.
     """
     z, w = z.to(product_dtype(w)), w.to(product_dtype(w))
     blocks = z.split(max(1, CHUNK // (2 * len(w))))
@@ -82,7 +82,7 @@ def sinkhorn_shift(
             mass += (scores + shift).softmax(dim=-1).sum(dim=0)
         if group is not None:
             dist.all_reduce(mass, group=group)
-        # Columns summed to 1 before the rows were divided by at most K: no mass is below 1 / K, unless there is no row.
+        # Columns summed to 1 before the rows were divided by at most K: no mass is below 1 / K, where there are rows.
         shift = shift - mass.clamp_min(1 / len(w)).log()
     return shift
 
