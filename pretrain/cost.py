@@ -4,12 +4,13 @@ A stage of a run has its own costs: give the config of the stage (`stages.resolv
 crop, T tokens of a crop, D width, M masked patches, K prototypes, d bottleneck.
 """
 
+import functools
 import itertools
 from dataclasses import dataclass
 from typing import NamedTuple
 
 from .build import backbone_shape, build_learner
-from .config import PretrainConfig
+from .config import HeadsConfig, ModelConfig, PretrainConfig
 from .loss.targets import CHUNK
 from .model.vit import hidden_width
 
@@ -44,9 +45,12 @@ class Crops(NamedTuple):
 
 def parameters(config: PretrainConfig) -> Parameters:
     """Numbers of parameters of the student, counted on the meta device."""
-    learner = build_learner(
-        config.model, config.heads, image_size=config.crops.global_size, seed=config.seed, device="meta"
-    )
+    return _count(config.model, config.heads, config.crops.global_size)
+
+
+@functools.cache
+def _count(model: ModelConfig, heads: HeadsConfig, image_size: int) -> Parameters:
+    learner = build_learner(model, heads, image_size=image_size, seed=0, device="meta")
     backbone = sum(p.numel() for p in learner.backbone.parameters())
     return Parameters(backbone, sum(p.numel() for p in learner.parameters()) - backbone)
 

@@ -29,7 +29,7 @@ def plan(config: PretrainConfig, *, images: int | None = None) -> list[str]:
     device = choose_device(config.device)
     precision = choose_precision(config.train.precision, device)
     lines = [
-        f"model: {config.model.arch}/{config.model.patch_size}, {_number(backbone)}parameters, heads {_number(heads)}"
+        f"model: {config.model.arch}/{config.model.patch_size}, {_number(backbone)} parameters, heads {_number(heads)} "
         f"more; a checkpoint takes {human_bytes(checkpoint_bytes(config))}, at most {_checkpoints(config, stages)} stay"
     ]
     for stage in stages:
@@ -58,20 +58,22 @@ def _stage_lines(stage: Stage) -> list[str]:
     first, last = (at_step(step, optim, teacher, train) for step in (0, train.steps - 1))
     ratio = f"{train.batch_size}/{optim.reference_batch}"
     rule = {"sqrt": f"{optim.lr:g} x sqrt({ratio})", "linear": f"{optim.lr:g} x {ratio}", "none": "not scaled"}
+    warmup = int(teacher.warmup * train.steps)
+    rising = f"{first.temperature:.3g} to " if warmup else ""
+    temperature = f"teacher temperature {rising}{last.temperature:.3g}" + (f" over {warmup} steps" if warmup else "")
     frozen = [
         f"{what} frozen for {round(share * train.steps)} steps"
         for what, share in (("prototypes", optim.freeze_last_layer), ("backbone", optim.freeze_backbone))
         if share
     ]
     return [
-        f"{stage.name}: {train.steps} steps of {train.batch_size} images, {_number(tokens_per_step(config))}tokens "
+        f"{stage.name}: {train.steps} steps of {train.batch_size} images, {_number(tokens_per_step(config))} tokens "
         f"and {_number(flops_per_step(config))}FLOP a step",
         f"  rate {scaled_lr(optim, train.batch_size):.3g} ({rule[optim.lr_rule]}) after "
         f"{int(optim.warmup * train.steps)} steps, {optim.schedule}, at the end {last.lr:.3g}",
         f"  weight decay {first.weight_decay:.3g} to {last.weight_decay:.3g}; momentum {first.momentum:.4g} to "
         f"{last.momentum:.4g}",
-        f"  teacher temperature {first.temperature:.3g} to {last.temperature:.3g} over "
-        f"{int(teacher.warmup * train.steps)} steps" + "".join(f"; {each}" for each in frozen),
+        f"  {temperature}" + "".join(f"; {each}" for each in frozen),
     ]
 
 
@@ -94,7 +96,7 @@ def _table(stages: list[Stage], device: torch.device, precision: torch.dtype) ->
         rows.append((
             str(processes), f"{train.batch_size // processes // train.accumulate} x {train.accumulate}",
             human_bytes(memory.total), human_bytes(memory.activations),
-            clock(operations / (processes * peak * share)),
+            _time(operations / (processes * peak * share)),
         ))  # fmt: skip
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "this machine's CPU"
@@ -112,9 +114,15 @@ def _checkpoints(config: PretrainConfig, stages: list[Stage]) -> int:
     return settings.keep + kept
 
 
+def _time(seconds: float) -> str:
+    years = seconds / (365 * 24 * 3600)
+    return f"{years:.3g} years" if years > 2 else clock(seconds)
+
+
 def _number(value: float) -> str:
-    for unit in ("", "k", "M", "G", "T", "P", "E"):
-        if value < 1000:
-            return f"{value:.3g} {unit}"
+    """Three digits with a metric prefix: 22.1 M."""
+    units = ["Z", "E", "P", "T", "G", "M", "k", ""]
+    while value >= 1000 and len(units) > 1:
         value /= 1000
-    return f"{value:.3g} Z"
+        units.pop()
+    return f"{value:.3g} {units[-1]}".rstrip()
