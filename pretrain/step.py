@@ -101,7 +101,9 @@ def train_step(
         made, stats = [], []
         for i, part in enumerate(parts):
             sync_gradients(state.student, i == len(parts) - 1)
-            terms, stat = student_losses(state.student, part, recipe, batch=batch, gram_weight=teachers.gram_weight)
+            terms, stat = student_losses(
+                state.student, part, recipe, batch=batch, gram_weight=teachers.gram_weight, measure=measure
+            )
             made.append(terms.detach())
             stats.append(stat)
             with torch.autocast(batch.global_crops.device.type, enabled=False):
@@ -236,7 +238,7 @@ def hidden(part: Part, recipe: Recipe) -> Tensor | None:
 
 
 def student_losses(
-    student: Learner, part: Part, recipe: Recipe, *, batch: Batch, gram_weight: float
+    student: Learner, part: Part, recipe: Recipe, *, batch: Batch, gram_weight: float, measure: bool
 ) -> tuple[Losses, tuple[PrototypeLoss, PrototypeLoss]]:
     """DINO + iBOT + KoLeo (+ Gram) of the student on the crops of a part in one packed pass, weighted for the sum.
 
@@ -255,11 +257,13 @@ def student_losses(
     def image_level(z: Tensor, prototypes: Tensor) -> PrototypeLoss:
         each = torch.full(part.cls.features.shape[1:2], 1 / num_images, device=z.device)
         pairs = crop_pairs(num_local, local_weight=weights.dino_local).to(z.device)
-        return prototype_loss(z.unflatten(0, (2 + num_local, -1)), prototypes, part.cls, pairs=pairs, weights=each)
+        rows = z.unflatten(0, (2 + num_local, -1))
+        return prototype_loss(rows, prototypes, part.cls, pairs=pairs, weights=each, measure=measure)
 
     def patch_level(z: Tensor, prototypes: Tensor) -> PrototypeLoss:
         each = mask_weights(part.asked) / (2 * num_images)
-        return prototype_loss(z[None], prototypes, part.patches, pairs=z.new_ones(1, 1), weights=each)
+        pairs = z.new_ones(1, 1)
+        return prototype_loss(z[None], prototypes, part.patches, pairs=pairs, weights=each, measure=measure)
 
     dino = student.dino_head(torch.cat([each.cls for each in features]), read=image_level)
     ibot = student.patch_head(patches if part.gram is None else patches[part.asked.flatten()], read=patch_level)

@@ -144,8 +144,8 @@ def claiming(out: Path, config: Any) -> Iterator[None]:
     try:
         yield
     except UserError:
-        made = [path for path in out.rglob("*") if path.is_file()]
-        if not existed and {path.name for path in made} <= {"config.yaml", "times.json"}:
+        made = {path.relative_to(out).parts[0] for path in out.rglob("*") if path.is_file()}
+        if not existed and made <= {"config.yaml", "times.json", "index"}:
             shutil.rmtree(out)
         raise
 

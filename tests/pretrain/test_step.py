@@ -56,7 +56,7 @@ def step(state: TrainState, batch: Batch, teachers: Teachers | None = None, **ch
 def losses_of(state: TrainState, batch: Batch, **changes) -> tuple[Part, Losses, tuple[PrototypeLoss, PrototypeLoss]]:
     recipe = replace(RECIPE, **changes)
     (part,), _, _ = look(state, Teachers(state.ema), batch, VALUES, recipe)
-    losses, stats = student_losses(state.student, part, recipe, batch=batch, gram_weight=0.0)
+    losses, stats = student_losses(state.student, part, recipe, batch=batch, gram_weight=0.0, measure=True)
     return part, losses, stats
 
 
