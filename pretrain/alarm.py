@@ -86,8 +86,8 @@ class Alarm:
         self.rank_limit = min(ARCHS[config.model.arch][0], 2 * config.train.batch_size)
         self.seen: Counter[str] = Counter()
 
-    def check(self, step: int, row: Mapping[str, float]) -> list[str]:
-        """Say the signs that a row of `step` completes, or raise Failed on them; returns what was said."""
+    def check(self, step: int, row: Mapping[str, float], *, quiet: bool = False) -> list[str]:
+        """Say the signs that a row of `step` completes, or raise Failed on them; returns them. `quiet`: say nothing."""
         if self.action == "off" or step <= self.after:
             return []
         signs = self.signs(row)
@@ -95,7 +95,7 @@ class Alarm:
         found = [f"{name}: {text}" for name, text in signs.items() if self.seen[name] == ROWS_IN_A_ROW]
         if found and self.action == "stop":
             raise Failed(f"collapse at step {step}: {found[0]}\n  monitor.alarm=warn goes on in spite of it")
-        for text in found:
+        for text in found if not quiet else ():
             say(f"alarm at step {step}: {text}")
         return found
 

@@ -115,14 +115,14 @@ def training_steps(
                 append_lines(out / "skipped.txt", batch.skipped)
             row: dict[str, float] = {}
             asked = stop_asked(stop, world)
-            if logged or asked:
+            if logged:
                 row = mean_over_processes(measured, world)
                 row |= {"lr": values.lr, "weight_decay": values.weight_decay, "momentum": values.momentum}
                 row |= {"temperature": values.temperature, **clock.rates(), "memory_gb": peak_memory_gb(world.device)}
                 row |= throughput(row["images_per_second"], batch_size=size, flops=flops, tokens=tokens, peak=peak)
                 if len(stages) > 1:
                     row |= {"stage": stage.index, "gram_weight": teachers.gram_weight}
-                alarm.check(state.step, row)
+                alarm.check(state.step, row, quiet=not world.is_main)
                 note = status_note(row)
             if world.is_main:
                 progress.advance(1, note)

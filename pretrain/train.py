@@ -171,15 +171,15 @@ def run_stage(
         try:
             made = training_steps(state, stage, stages, data, teacher=teacher, reader=reader, world=world, stop=stop)
             for row, asked_to_stop, reader in made:
-                due = state.step % keeping.every == 0 or state.step == stage.end or asked_to_stop
-                if due or (config.monitor.every and state.step % config.monitor.every == 0):
+                last = state.step == stage.end
+                if last or state.step % (config.monitor.every or keeping.every) == 0:
                     for hook in hooks:
                         row |= hook(state)
                 if metrics is not None and row:
                     metrics.write(state.step, row)
                 if is_snapshot(state.step, stage):
                     keep_export(state, snapshot_folder(state.step, out), stage, data)
-                if due:
+                if last or asked_to_stop or state.step % keeping.every == 0:
                     writer.save(state, data=fingerprint, stage=stage.name, reader=reader)
                     unfinished = asked_to_stop and state.step < stages[-1].end
                     write_status(out, "stopped" if unfinished else "running", state, stage, stages, world)
