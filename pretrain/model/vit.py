@@ -174,9 +174,7 @@ class VisionTransformer(nn.Module):
         if images.shape[-2] % size or images.shape[-1] % size:
             raise ValueError(f"images of {images.shape[-2]}x{images.shape[-1]} do not divide into patches of {size}")
         if images.shape[1] != self.shape.in_chans:
-            raise ValueError(
-                f"images have {images.shape[1]} channels; the model takes {self.shape.in_chans} (in_chans)"
-            )
+            raise ValueError(f"images of {images.shape[1]} channels; expected {self.shape.in_chans} (model.in_chans)")
         x = self.patch_embed(images)
         if mask is not None:
             x = torch.where(mask[..., None], self.mask_token.to(x.dtype), x)
