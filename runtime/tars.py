@@ -85,7 +85,7 @@ def stream_tar(file) -> Iterator[tuple[Member, bytes]]:
                         raise DamagedTar(f"cut off inside {entry.name}")
                     yield Member(*split_name(entry.name), entry.name, entry.offset_data, entry.size), data
     except tarfile.TarError as error:
-        raise DamagedTar(f"not readable as tar: {error}") from error
+        raise DamagedTar(f"cut off or no tar, at byte {forward.position}: {error}") from error
     if problem := _bad_end(forward.last, forward.position):
         raise DamagedTar(problem)
 

@@ -35,7 +35,7 @@ class Batch(Tensors):
     samples: Tensor  # int64 [B], index of each image in the data
     skipped: tuple[str, ...]  # "key: reason" of the images that could not be decoded and were replaced
     gram_crops: Tensor | None = None  # [2 * B, 3, Q, Q]: the global crops at the Gram teacher's size; None: the same
-    position: object = None  # where a stream of remote shards stands after this batch (stream.py); plain, picklable
+    position: tuple[int, ...] | None = None  # where a stream of remote shards stands after this batch (stream.py)
 
     def split(self, parts: int) -> "list[Batch]":
         """The batch as `parts` batches of B / parts images each, in order; `skipped` stays with the first.

@@ -37,7 +37,7 @@ class RawBatch(Tensors):
     masks: Tensor  # this and what follows as in Batch
     samples: Tensor
     skipped: tuple[str, ...]
-    position: object = None
+    position: tuple[int, ...] | None = None
 
 
 def finish(batch: Batch | RawBatch, device: torch.device) -> Batch:

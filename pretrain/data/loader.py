@@ -12,9 +12,10 @@ import signal
 import sys
 import threading
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from itertools import chain
 
 import torch
 from torch.utils.data import DataLoader, Dataset
@@ -29,7 +30,7 @@ from .device import RawBatch
 from .mixture import Mixture, Part
 from .recipe import Decoded, Recipe
 from .sources import Data
-from .stream import Item, Job, Position, Stream
+from .stream import Item, Job, Stream
 
 ATTEMPTS = 1000  # corrupt images in a row before the run gives up
 AHEAD = 2  # batches that each worker makes before they are asked for, and that are read ahead of the workers
@@ -50,7 +51,7 @@ def batches(
     patch_size: int,
     on_device: bool = False,
     pin_memory: bool = False,
-    position: object = None,
+    position: Sequence[int] | None = None,
 ) -> Iterator[Batch | RawBatch]:
     """The batches of steps start_step .. start_step + num_steps - 1 for one rank.
 
@@ -65,18 +66,13 @@ def batches(
         raise UserError(f"train.batch_size: {batch_size} is not a multiple of the {world_size} processes")
     recipe = Recipe(crops, mask, seed, batch_size, world_rank, world_size, patch_size, on_device)
     steps = range(start_step, start_step + num_steps)
-    jobs: Iterable[int | Job] = steps
+    jobs: Iterable[int | Job | Exception] = steps
     if isinstance(data, Stream):
         dataset = StreamedSteps(recipe)
-        jobs = data.jobs(
-            steps,
-            size=batch_size // world_size,
-            seed=seed,
-            rank=world_rank,
-            world_size=world_size,
-            position=None if position is None else Position(*position),  # pyright: ignore[reportGeneralTypeIssues]
+        size = batch_size // world_size
+        jobs = _read_ahead(
+            data.jobs(steps, size=size, seed=seed, rank=world_rank, world_size=world_size, position=position)
         )
-        jobs = _read_ahead(jobs)
     else:
         dataset = Steps(data if isinstance(data, Mixture) else Mixture((Part("", data),)), recipe)
     num_workers = min(num_workers, num_steps)
@@ -106,7 +102,7 @@ class Steps(Dataset):
     data: Mixture
     recipe: Recipe
 
-    def __getitem__(self, job: int) -> Batch | RawBatch | UserError | OSError:
+    def __getitem__(self, job: int) -> Batch | RawBatch | Exception:
         return _made(self.batch, job)
 
     def batch(self, job: int) -> Batch | RawBatch:
@@ -144,7 +140,7 @@ class StreamedSteps(Dataset):
 
     recipe: Recipe
 
-    def __getitem__(self, job: Job) -> Batch | RawBatch | UserError | OSError:
+    def __getitem__(self, job: Job | Exception) -> Batch | RawBatch | Exception:
         return _made(self.batch, job)
 
     def batch(self, job: Job) -> Batch | RawBatch:
@@ -157,19 +153,21 @@ class StreamedSteps(Dataset):
     @staticmethod
     def decodable(item: Item, spares: Iterator[Item], *, skipped: list[str], min_side: int) -> Decoded:
         """The image of `item`, or of the next spare one where it cannot be decoded; `skipped` names the former."""
-        for candidate in (item, *spares):
+        for candidate in chain([item], spares):
             try:
                 return Decoded(decode(candidate.data, min_side=min_side)[0], candidate.epoch, candidate.sample)
             except Rejected as error:
                 skipped.append(f"{candidate.key}: {error.reason}")
         raise UserError(
             f"data.shards: {len(skipped)} images of one batch cannot be decoded, first {skipped[0]}\n"
-            f"  a fifth of a batch is replaced at most; look at the shards that it comes from"
+            f"  about a quarter of a batch can be replaced; look at the shards that it comes from"
         )
 
 
-def _made(make: Callable[..., Batch | RawBatch], job: int | Job) -> Batch | RawBatch | UserError | OSError:
+def _made(make: Callable[..., Batch | RawBatch], job: int | Job | Exception) -> Batch | RawBatch | Exception:
     """What `make` makes of `job` on one thread, or what went wrong: as a value an error crosses processes as it is."""
+    if isinstance(job, Exception):
+        return job
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # crops are small; and the training process may have this many threads busy already
     try:
@@ -180,8 +178,11 @@ def _made(make: Callable[..., Batch | RawBatch], job: int | Job) -> Batch | RawB
         torch.set_num_threads(threads)
 
 
-def _read_ahead(jobs: Iterator[Job]) -> Iterator[Job]:
-    """`jobs`, read by a thread so that the network works while the training process computes."""
+def _read_ahead(jobs: Iterator[Job]) -> Iterator[Job | Exception]:
+    """`jobs`, read by a thread so that the network works while the training process computes.
+
+    What goes wrong comes last, as a value: then the batches before it are made and used first.
+    """
     ready: queue.Queue[Job | Exception | None] = queue.Queue(AHEAD)
     stopped = threading.Event()
 
@@ -197,22 +198,19 @@ def _read_ahead(jobs: Iterator[Job]) -> Iterator[Job]:
                 put(job)
                 if stopped.is_set():
                     return
-        except Exception as error:  # noqa: BLE001 raised again in the training process
+        except Exception as error:  # noqa: BLE001 raised when its turn comes
             put(error)
-        else:
-            put(None)
+        put(None)
 
     threading.Thread(target=read, daemon=True).start()  # after the workers are forked, when the first job is asked for
     try:
         while (result := ready.get()) is not None:
-            if isinstance(result, Exception):
-                raise result
             yield result
     finally:
         stopped.set()
 
 
-def _raise_or_yield(results: Iterator[Batch | Exception]) -> Iterator[Batch]:
+def _raise_or_yield(results: Iterator[Batch | RawBatch | Exception]) -> Iterator[Batch | RawBatch]:
     try:
         for result in results:
             if isinstance(result, Exception):

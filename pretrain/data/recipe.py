@@ -53,7 +53,7 @@ class Recipe:
         return min_side(sizes_of_step(self.crops, seed=self.seed, step=step))
 
     def batch(
-        self, step: int, images: Iterable[Decoded], *, skipped: list[str], position: object = None
+        self, step: int, images: Iterable[Decoded], *, skipped: list[str], position: tuple[int, ...] | None = None
     ) -> Batch | RawBatch:
         """The batch of `step`; `images` gives one for each slot, and may add to `skipped` on the way."""
         crops = sizes_of_step(self.crops, seed=self.seed, step=step)

@@ -83,7 +83,7 @@ class Stream:
         return hashlib.blake2b("\0".join(self.urls).encode(), digest_size=16).hexdigest()
 
     def jobs(
-        self, steps: Iterable[int], *, size: int, seed: int, rank: int, world_size: int, position: Position | None
+        self, steps: Iterable[int], *, size: int, seed: int, rank: int, world_size: int, position: Sequence[int] | None
     ) -> Iterator[Job]:
         """What each step of a process takes, from `position` on; `size` images a step."""
         images = self.images(seed=seed, rank=rank, world_size=world_size, position=position)
@@ -95,14 +95,14 @@ class Stream:
             yield Job(step, [item for item, _ in taken], [item for item, _ in ahead], taken[-1][1])
 
     def images(
-        self, *, seed: int, rank: int, world_size: int, position: Position | None
+        self, *, seed: int, rank: int, world_size: int, position: Sequence[int] | None
     ) -> Iterator[tuple[Item, Position]]:
         """The endless stream of a process from `position` on: each image, and the position after it."""
         if len(self.urls) < world_size:
             raise UserError(
                 f"data.shards: {len(self.urls)} remote shards for {world_size} processes; expected one for each or more"
             )
-        start = position or Position(0, 0, 0, 0, 0, world_size)
+        start = Position(*(position or (0, 0, 0, 0, 0, world_size)))
         if start.world_size != world_size:
             say(f"data.shards: dealt to {world_size} processes now; epoch {start.epoch} of the stream begins again")
             start = Position(start.epoch, 0, 0, 0, 0, world_size)
@@ -160,11 +160,14 @@ def images_of(url: str, *, start: int = 0) -> Iterator[tuple[int, str, bytes]]:
                         yield number, key, data
                         start, tries = number + 1, 0
             return
-        except FileNotFoundError as error:
-            raise UserError(f"data.shards: no {url}") from error
         except (OSError, DamagedTar, *_network_errors()) as error:
+            cause = error
+            if isinstance(error, FileNotFoundError):  # so fsspec says too when a server is down
+                cause = error.__cause__ or error
+                if isinstance(cause, FileNotFoundError) or getattr(cause, "status", None) == 404:
+                    raise UserError(f"data.shards: no {url}") from error
             tries += 1
-            reason = f"{error or type(error).__name__}".splitlines()[0]
+            reason = (str(cause) or type(cause).__name__).splitlines()[0]
             if tries == TRIES:
                 raise UserError(
                     f"data.shards: {url} ends after {start} images: {reason}\n"
@@ -206,7 +209,7 @@ def _find_tars(text: str) -> list[str]:
             files, path = fsspec.core.url_to_fs(url, **_options(url))
             listed = files.glob(path if url.endswith(".tar") else f"{path.rstrip('/')}/*.tar")
         except (OSError, *_network_errors()) as error:
-            raise UserError(f"data.shards: {url} cannot be listed: {error or type(error).__name__}") from error
+            raise UserError(f"data.shards: {url} cannot be listed: {str(error) or type(error).__name__}") from error
         if not listed:
             raise UserError(f"data.shards: no .tar in {url}")
         found += sorted(files.unstrip_protocol(name) for name in listed)

@@ -216,9 +216,9 @@ def test_parts_of_a_batch_keep_every_image_with_its_crops(pool):
         for i, part in enumerate(parts):
             assert torch.equal(getattr(part, name).unflatten(0, (-1, 2)), whole[:, 2 * i : 2 * i + 2]), name
     assert_equal(batch.split(1)[0], batch)
-    marked = dataclasses.replace(batch, skipped=("k: truncated",), position="here", gram_crops=None)
+    marked = dataclasses.replace(batch, skipped=("k: truncated",), position=(1, 2), gram_crops=None)
     assert [part.skipped for part in marked.split(2)] == [("k: truncated",), ()]
-    assert [(part.position, part.gram_crops) for part in marked.split(2)] == [("here", None)] * 2
+    assert [(part.position, part.gram_crops) for part in marked.split(2)] == [((1, 2), None)] * 2
     with pytest.raises(ValueError, match="8 images do not divide into 3 parts"):
         batch.split(3)
     (batch,) = load(pool, num_steps=1, crops=CropsConfig(16, 8, 0))
