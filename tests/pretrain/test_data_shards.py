@@ -1,6 +1,7 @@
 """Shards with and without an index give the same images; damaged or wrong ones are refused by name."""
 
 import io
+import os
 import tarfile
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from PIL import Image
 
 from pretrain.data.shards import OPEN_FILES, ShardSet
 from runtime.errors import UserError
-from runtime.files import locate
+from runtime.files import locate, write_table
 from runtime.tars import scan_tar
 
 
@@ -174,3 +175,85 @@ def test_a_file_that_is_no_tar(tmp_path):
 def test_an_index_of_something_else(folder):
     pq.write_table(pa.table({"name": ["x"]}), folder / "a-0.idx")
     assert "a-0.idx is no index of ours" in refused(folder)
+
+
+def scans(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.rglob("*.scan"))
+
+
+def counted(monkeypatch) -> list[Path]:
+    """The tars that are scanned from now on."""
+    seen = []
+
+    def count_and_scan(path):
+        seen.append(path)
+        return scan_tar(path)
+
+    monkeypatch.setattr("pretrain.data.shards.scan_tar", count_and_scan)
+    return seen
+
+
+def test_a_foreign_tar_is_scanned_once(tmp_path, monkeypatch):
+    with webdataset.ShardWriter(str(tmp_path / "foreign-%02d.tar"), maxcount=4, verbose=0) as writer:
+        for i in range(8):
+            writer.write({"__key__": f"{i:04d}", "png": picture(i)})
+    seen = counted(monkeypatch)
+    first = ShardSet.open([str(tmp_path)])
+    assert len(seen) == 2
+    again = ShardSet.open([str(tmp_path)])
+    assert len(seen) == 2
+    assert again.fingerprint == first.fingerprint
+    assert [again.read(i) for i in range(8)] == [first.read(i) for i in range(8)]
+    assert len(scans(tmp_path)) == 2
+    assert all(name.startswith(".foreign-0") for name in scans(tmp_path))
+    assert not list(tmp_path.glob("*.idx"))  # that name is for indices of ours
+
+
+def test_a_changed_tar_is_scanned_again(tmp_path, monkeypatch):
+    tar = write_tar(tmp_path / "t.tar", {"a.png": picture(1)})
+    seen = counted(monkeypatch)
+    assert len(ShardSet.open([str(tar)])) == 1
+    write_tar(tar, {"a.png": picture(1), "b.png": picture(2)})
+    assert len(ShardSet.open([str(tar)])) == 2
+    os.utime(tar, ns=(0, 0))  # the same bytes at another time may be others
+    assert len(ShardSet.open([str(tar)])) == 2
+    assert len(seen) == 3
+    assert len(scans(tmp_path)) == 1  # what was found of former states is gone
+
+
+def test_scans_go_to_the_runs_folder_where_nothing_can_be_written(tmp_path, monkeypatch):
+    (tmp_path / "theirs").mkdir()
+    tars = [write_tar(tmp_path / "theirs" / f"{name}.tar", {f"{name}.png": picture(1)}) for name in "ab"]
+
+    def refuse(path, table):
+        if "theirs" in path.parts:
+            raise PermissionError(13, "Permission denied")
+        return write_table(path, table)
+
+    monkeypatch.setattr("pretrain.data.shards.write_table", refuse)
+    seen = counted(monkeypatch)
+    for _ in range(2):
+        assert len(ShardSet.open([str(tar) for tar in tars], index=tmp_path / "run" / "index")) == 2
+    assert len(seen) == 2
+    assert scans(tmp_path / "theirs") == []
+    assert len(scans(tmp_path / "run" / "index")) == 2
+    for _ in range(2):
+        ShardSet.open([str(tars[0])])  # nowhere to keep it
+    assert len(seen) == 4
+
+
+def test_an_index_of_ours_stays_as_it_is(tmp_path, monkeypatch):
+    tar = write_tar(tmp_path / "t.tar", {"a.png": picture(1)})
+    index = write_index(tar)
+    before, seen = index.read_bytes(), counted(monkeypatch)
+    ShardSet.open([str(tmp_path)], index=tmp_path / "index")
+    assert seen == []
+    assert index.read_bytes() == before
+    assert scans(tmp_path) == []
+
+
+def test_the_images_of_the_package_are_left_alone():
+    folder = locate("embedded:pool")
+    before = sorted(folder.iterdir())
+    ShardSet.open(["embedded:pool"])
+    assert sorted(folder.iterdir()) == before
