@@ -7,6 +7,7 @@ from collections import Counter
 import numpy as np
 import pytest
 
+from pretrain.data import order
 from pretrain.data.order import samples_at
 
 
@@ -63,3 +64,47 @@ def test_neighbours_are_unrelated():
     steps = np.bincount((np.diff(order) % n) * 100 // n, minlength=100)
     assert chi_square(steps.tolist()) < 4
     assert abs(np.corrcoef(np.arange(n), order)[0, 1]) < 0.015
+
+
+# The defects of the reference's samplers (method 2.5), each as what must hold instead.
+
+
+def test_a_resumed_run_goes_on_in_the_same_shuffle():
+    """The reference starts another shuffle at a resume: some images come twice in an epoch, others not at all."""
+    whole = samples_at(0, np.arange(300), 100)
+    before, after = samples_at(0, np.arange(130), 100), samples_at(0, np.arange(130, 300), 100)
+    assert np.concatenate([before, after]).tolist() == whole.tolist()
+
+
+@pytest.mark.parametrize("advance", [900, 1000, 1500, 2000])
+@pytest.mark.parametrize("ranks", [1, 4])
+def test_seeking_beyond_an_epoch_lands_where_walking_does(advance, ranks):
+    """The reference's sharded sampler is right only while it advances by less than the size of the data."""
+    n, step = 1000, 20
+    walked = samples_at(0, np.arange(3 * n), n)
+    for rank in range(ranks):
+        slots = np.arange(step // ranks) + rank * (step // ranks)
+        sought = samples_at(0, advance + slots, n)
+        assert sought.tolist() == walked[advance + slots].tolist()
+
+
+def test_every_rank_meets_every_sample():
+    """The reference's sharded sampler gives each rank one fixed part of the data for ever."""
+    n, ranks, batch = 64, 4, 16
+    seen = [set(), set(), set(), set()]
+    for step in range(30 * n // batch):
+        for rank in range(ranks):
+            seen[rank] |= set(samples_at(0, step * batch + rank * 4 + np.arange(4), n).tolist())
+    assert all(len(part) == n for part in seen)
+
+
+@pytest.mark.parametrize("n", [10**4, 10**6, 1_689_000_000])
+def test_a_batch_costs_the_same_for_any_number_of_samples_and_ranks(monkeypatch, n):
+    """The reference shuffles the whole set in Python on every rank. Here: hashed values are counted, not time."""
+    hashed = []
+    mix = order._mix
+    monkeypatch.setattr(order, "_mix", lambda values: hashed.append(values.size) or mix(values))
+    places = 10**9 + np.arange(256)
+    samples_at(0, places, n)
+    assert sum(hashed) <= order.ROUNDS * 256 * 8  # cycle walking: fewer than 4 tries of each on average, 8 as a bound
+    assert sum(hashed) >= order.ROUNDS * 256

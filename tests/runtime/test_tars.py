@@ -12,7 +12,7 @@ import webdataset
 from imaging.decode import IMAGE_EXTENSIONS, Rejected, decode
 from runtime.errors import UserError
 from runtime.files import locate
-from runtime.tars import Member, group_samples, member_header, scan_tar, split_name
+from runtime.tars import DamagedTar, Member, group_samples, member_header, scan_tar, split_name, stream_tar
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")  # Pillow's, of damaged EXIF; silent outside pytest
 
@@ -162,3 +162,39 @@ def test_headers_are_those_of_tarfile(name, length):
     entry = tarfile.TarInfo(name)
     entry.size, entry.mode, entry.mtime = length, 0o644, 0
     assert member_header(name, length) == entry.tobuf(tarfile.PAX_FORMAT)
+
+
+class Forward(io.RawIOBase):
+    """Bytes that come in small pieces and only once, as from a network."""
+
+    def __init__(self, data: bytes):
+        self.left = io.BytesIO(data)
+
+    def read(self, length: int = -1) -> bytes:
+        return self.left.read(min(length, 100) if length > 0 else length)
+
+
+@pytest.mark.parametrize("format", [tarfile.PAX_FORMAT, tarfile.GNU_FORMAT, tarfile.USTAR_FORMAT])
+def test_a_stream_says_the_same_as_a_scan(tmp_path, format):
+    long = "folder/" + "n" * (60 if format == tarfile.USTAR_FORMAT else 200) + ".jpg"
+    path = write_tar(tmp_path / "t.tar", {"a.jpg": b"a" * 700, long: b"b" * 512, "c.empty": b"", "d.txt": b"d"}, format)
+    data = path.read_bytes()
+    members, damage = scan_tar(path)
+    assert damage is None
+    found = list(stream_tar(Forward(data)))
+    assert [member for member, _ in found] == members
+    assert [content for _, content in found] == [data[m.offset : m.offset + m.length] for m in members]
+
+
+def test_a_stream_that_ends_anywhere_is_damaged(tmp_path):
+    """Cut at every block and in between: what is given out is whole, and the end is noticed."""
+    data = write_tar(tmp_path / "t.tar", {"a.jpg": b"a" * 700, "b.jpg": b"b" * 512, "c.jpg": b"c"}).read_bytes()
+    whole = [content for _, content in stream_tar(Forward(data))]
+    end = 3 * 512 + 1024 + 512 + 512
+    assert len(list(stream_tar(Forward(data[: end + 512])))) == 3  # the end mark is there
+    for cut in [*range(0, end + 1, 512), 1, 511, 700, 1300, end - 100]:
+        found = []
+        with pytest.raises(DamagedTar):  # noqa: PT012
+            for _, content in stream_tar(Forward(data[:cut])):
+                found.append(content)
+        assert found == whole[: len(found)], cut
