@@ -22,7 +22,7 @@ from runtime.environment import describe as describe_environment
 from runtime.errors import UserError
 from runtime.files import locate, read_json, replacing, sha256, write_json
 
-from .build import Learner, build_learner
+from .build import Learner, build_heads, materialise
 from .checkpoint import checkpoints, step_name
 from .config import DataConfig, HeadsConfig, PretrainConfig
 from .data.augment import MEAN, STD
@@ -136,10 +136,8 @@ def load_teacher(folder: Path | str, device: str | torch.device = "cpu") -> tupl
     weights, card = read_export(Path(folder))
     if card["kind"] != "teacher":
         raise UserError(f"teacher: {folder} is a {card['kind']} export without heads; give one of kind teacher")
-    config = build(PretrainConfig, card["config"])
-    learner = build_learner(
-        config.model, build(HeadsConfig, card["heads"]), image_size=shape_of(card).image_size, seed=config.seed
-    )
+    shape = shape_of(card)
+    learner = Learner(VisionTransformer(shape), *build_heads(build(HeadsConfig, card["heads"]), shape.dim))
     _load(learner, {n: w for n, w in weights.items() if not n.startswith("centers.")}, folder)
     return learner.eval().requires_grad_(False).to(device), card
 
@@ -153,9 +151,10 @@ def load_centers(folder: Path | str) -> dict[str, Tensor]:
 def random_backbone(folder: Path | str, seed: int, device: str | torch.device = "cpu") -> VisionTransformer:
     """A freshly initialised backbone of the same shape as an export's: the baseline that knows nothing."""
     _, card = read_export(Path(folder))
-    config = build(PretrainConfig, card["config"])
-    learner = build_learner(config.model, config.heads, image_size=shape_of(card).image_size, seed=seed)
-    return learner.backbone.eval().to(device)
+    model = build(PretrainConfig, card.get("config", {})).model  # imported weights have none
+    with torch.device("meta"):
+        backbone = VisionTransformer(shape_of(card), layerscale=model.layerscale)
+    return materialise(backbone, device=device, seed=seed, init=model.init).eval()
 
 
 def shape_of(card: dict[str, Any]) -> Shape:

@@ -86,11 +86,13 @@ def load_public(source: str) -> Public:
                        origin={"sha256": sha256(path)})  # fmt: skip
 
 
-def import_public(source: str, out: Path) -> Path:
-    """Write a `backbone` export of the weights at `source`. Raises UserError."""
+def import_public(source: str, out: Path, *, layout: str) -> Path:
+    """Write a `backbone` export of the weights at `source`, which have the names of `layout`. Raises UserError."""
     if out.exists():
         raise UserError(f"import: {out} exists already; give another folder")
     shape, weights, origin = load_public(source)
+    if origin["layout"] != layout:
+        raise UserError(f"import: {source} has the names of {origin['layout']}, not of {layout}; see --from")
     return export_backbone(out, shape, weights, origin=origin)
 
 
@@ -128,9 +130,9 @@ def start_from(learner: Learner, config: PretrainConfig, out: Path, *, write: bo
 
 
 def _check_agreement(config: PretrainConfig, wanted: Shape, found: Shape) -> None:
-    sizes = (found.dim, found.depth, found.num_heads)
-    fitting = [name for name, arch in ARCHS.items() if arch[:3] == sizes]
-    if sizes != (wanted.dim, wanted.depth, wanted.num_heads):
+    sizes = (found.dim, found.depth, found.num_heads, found.mlp_ratio)
+    fitting = [name for name, arch in ARCHS.items() if (*arch[:3], wanted.mlp_ratio) == sizes]
+    if sizes != (wanted.dim, wanted.depth, wanted.num_heads, wanted.mlp_ratio):
         fix = f"set model.arch={fitting[0]}" if fitting else f"none of {', '.join(ARCHS)} has that size"
         raise UserError(
             f"model.arch: {config.model.arch}, but the weights in {config.continue_from} are {found.dim} wide with "
@@ -158,7 +160,7 @@ def _understand(
                 f"weights: {source} is no DINOv2 backbone: it has {', '.join(list(tensors)[:3])}, ... and no {name}\n"
                 f"  expected the names of facebookresearch/dinov2, timm or Hugging Face"
             )
-    shape = _shape(weights, num_heads)
+    shape = _shape(weights, num_heads, antialias=layout == "timm" or "register_tokens" in weights)
     with torch.device("meta"):
         expected = {name: value.shape for name, value in VisionTransformer(shape).state_dict().items()}
     for name in sorted(expected.keys() | weights.keys()):
@@ -222,7 +224,7 @@ def _from_hugging_face(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return weights
 
 
-def _shape(weights: dict[str, Tensor], num_heads: int | None) -> Shape:
+def _shape(weights: dict[str, Tensor], num_heads: int | None, *, antialias: bool) -> Shape:
     """What the tensors say about the model."""
     dim = weights["cls_token"].shape[-1]
     projection = weights["patch_embed.proj.weight"]  # [D, channels, P, P]
@@ -240,6 +242,8 @@ def _shape(weights: dict[str, Tensor], num_heads: int | None) -> Shape:
         num_registers=0 if registers is None else registers.shape[1],
         ffn="swiglu" if swiglu else "mlp",
         mlp_ratio=hidden / dim,
+        in_chans=projection.shape[1],
+        antialias=antialias,
     )
 
 

@@ -101,6 +101,21 @@ def add_verbs(verbs: Any) -> None:
         "--format", required=True, choices=("backbone", "teacher"), help="backbone alone, or teacher with its heads"
     )
 
+    verb = add(
+        verbs,
+        "import",
+        import_weights,
+        "write an export from public DINOv2 weights: a .pth, a Hugging Face or timm folder, or timm:NAME (downloads)",
+        "troodon import --from dinov2 dinov2_vits14_reg4_pretrain.pth models/vits14\n"
+        "troodon import --from timm timm:vit_small_patch14_reg4_dinov2.lvd142m models/vits14",
+        needs_torch=True,
+    )
+    verb.add_argument("source", metavar="SRC", help="file, folder or timm:NAME")
+    verb.add_argument("out", metavar="OUT", help="folder to write")
+    verb.add_argument(
+        "--from", dest="layout", required=True, choices=("dinov2", "timm", "hf"), help="whose names the weights have"
+    )
+
     verb = add(verbs, "report", report, "write report.html of a run folder", "troodon report runs/quickstart")
     verb.add_argument("run", metavar="RUN", help="folder of a run, of a curation or of a training")
 
@@ -292,9 +307,11 @@ def curate(args: argparse.Namespace, stop: StopRequest) -> int:
 def pretrain(args: argparse.Namespace, stop: StopRequest) -> int:
     config = load_config("pretrain", args)
     if args.dry_run:
-        from pretrain.build import describe
+        from pretrain.data.sources import open_data
+        from pretrain.plan import plan
 
-        return show_plan(config, [describe(config)])
+        data = open_data(config.data) if config.data.shards or config.data.sets else None
+        return show_plan(config, plan(config, images=data.num_images if data else None))
     from evaluation.probe import knn_hooks
     from pretrain.train import pretrain
 
@@ -354,6 +371,14 @@ def export(args: argparse.Namespace, _: StopRequest) -> int:
     from pretrain.export import convert
 
     print(convert(Path(args.checkpoint), Path(args.out), args.format))
+    return EXIT_DONE
+
+
+def import_weights(args: argparse.Namespace, _: StopRequest) -> int:
+    from pretrain.public import import_public
+
+    layout = {"dinov2": "facebookresearch", "timm": "timm", "hf": "huggingface"}[args.layout]
+    print(import_public(args.source, Path(args.out), layout=layout))
     return EXIT_DONE
 
 

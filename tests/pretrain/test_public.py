@@ -98,12 +98,12 @@ def test_timm(registers, swiglu, tmp_path):
 @pytest.mark.parametrize("swiglu", [False, True], ids=["mlp", "swiglu"])
 @pytest.mark.parametrize("registers", [0, 4])
 def test_hugging_face(registers, swiglu, tmp_path):
-    """Through a folder. Without registers Hugging Face resizes positions without antialiasing: native size only."""
+    """Through a folder. Without registers Hugging Face resizes positions without antialiasing, and so do we then."""
     theirs = hugging_face_model(registers=registers, swiglu=swiglu)
     theirs.save_pretrained(tmp_path)
     public = load_public(str(tmp_path))
     assert (public.origin["layout"], public.shape.num_heads) == ("huggingface", 4)
-    for size in SIZES.values() if registers else [SIZES["native"]]:
+    for size in SIZES.values():
         images = torch.randn(2, 3, *size)
         with torch.inference_mode():
             expected = theirs(images).last_hidden_state
@@ -152,7 +152,7 @@ def test_facebookresearch(wrapped, tmp_path):
 
 def test_import_writes_an_export_that_loads(tmp_path):
     torch.save(facebook_weights(), tmp_path / "dinov2.pth")
-    folder = import_public(str(tmp_path / "dinov2.pth"), tmp_path / "export")
+    folder = import_public(str(tmp_path / "dinov2.pth"), tmp_path / "export", layout="facebookresearch")
     backbone, card = load_backbone(folder)
     images = torch.randn(1, 3, NATIVE, NATIVE)
     expected = tokens(ours(load_public(str(tmp_path / "dinov2.pth"))), images)
@@ -163,7 +163,9 @@ def test_import_writes_an_export_that_loads(tmp_path):
     assert torch.equal(tokens(ours(again), images), expected)
     assert again.origin["layout"] == "troodon"
     with pytest.raises(UserError, match="exists already"):
-        import_public(str(tmp_path / "dinov2.pth"), folder)
+        import_public(str(tmp_path / "dinov2.pth"), folder, layout="facebookresearch")
+    with pytest.raises(UserError, match="has the names of facebookresearch, not of timm"):
+        import_public(str(tmp_path / "dinov2.pth"), tmp_path / "other", layout="timm")
 
 
 HEADS = HeadsConfig(num_prototypes=8, hidden=8, bottleneck=4)
@@ -194,7 +196,7 @@ def test_a_run_starts_from_it(tiny_dinov2, tmp_path):
     start_from(learner, config, tmp_path)
     images = torch.randn(2, 3, 42, 42)
     expected = tokens(ours(load_public(str(tiny_dinov2))), images)
-    assert learner.backbone.pos_embed.shape == (1, 1 + 9, 192)
+    assert learner.backbone.state_dict()["pos_embed"].shape == (1, 1 + 9, 192)
     assert largest_difference(tokens(learner.eval().backbone, images), expected) < 1e-6
     assert all(torch.equal(value, before[name]) for name, value in learner.dino_head.state_dict().items())
     origin = read_origin(tmp_path)
@@ -205,6 +207,8 @@ def test_a_run_starts_from_it(tiny_dinov2, tmp_path):
 @pytest.mark.parametrize(("model", "said"), [
     ({"patch_size": 16}, r"model.patch_size: 16, but .* have 14\n  set model.patch_size=14"),
     ({"num_registers": 4}, r"model.num_registers: 4, but .* have 0\n  set model.num_registers=0"),
+    ({"ffn": "swiglu"}, r"model.ffn: swiglu, but .* have mlp\n  set model.ffn=mlp"),
+    ({"position": "rope"}, r"model.position: rope, but .* have learned\n  set model.position=learned"),
     ({"arch": "vit_small"}, r"model.arch: vit_small, but .* 192 wide with 12 blocks\n  set model.arch=vit_tiny"),
 ])  # fmt: skip
 def test_a_config_that_contradicts_the_weights(model, said, tiny_dinov2):
@@ -287,7 +291,7 @@ def test_a_name_in_timm_is_downloaded_through_timm(monkeypatch):
 
 def test_cards_say_where_weights_are_from(tmp_path):
     torch.save(facebook_weights(), tmp_path / "a.pth")
-    import_public(str(tmp_path / "a.pth"), tmp_path / "export")
+    import_public(str(tmp_path / "a.pth"), tmp_path / "export", layout="facebookresearch")
     card = json.loads((tmp_path / "export" / "card.json").read_text())
     assert len(card["origin"]["sha256"]) == 64
     assert card["license"] == ""

@@ -24,6 +24,7 @@ VERBS = (
     "train-copy",
     "evaluate",
     "export",
+    "import",
     "report",
     "shards",
     "index",
