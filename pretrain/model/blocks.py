@@ -49,7 +49,8 @@ class LayerScale(nn.Module):
         value.fill_(self.init)
 
     def forward(self, x: Tensor, scale: float | Tensor) -> Tensor:
-        return x * (self.gamma * scale)
+        # Not times 1.0: inductor takes that out, and then cannot find what to recompute (torch 2.15).
+        return x * (self.gamma if isinstance(scale, float) and scale == 1 else self.gamma * scale)
 
 
 class Mlp(nn.Module):

@@ -5,6 +5,7 @@ few processes: gathering stays inside a copy (one machine), only gradients trave
 """
 
 import itertools
+import warnings
 
 import torch
 from torch import nn
@@ -52,6 +53,8 @@ def shard(
     if precision != torch.float32:
         policy = MixedPrecisionPolicy(param_dtype=precision, reduce_dtype=torch.float32)
     backbone, heads = (module.backbone, [*module.children()][1:]) if isinstance(module, Learner) else (module, [])
+    # Features are views of one matrix, which nobody changes in place.
+    warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
     options = {"mesh": mesh, "mp_policy": policy}
     blocks = [fully_shard(block, reshard_after_forward=reshard, **options) for block in backbone.blocks]
     # A root's own weights are needed again as soon as backward starts: they stay.
