@@ -1,15 +1,30 @@
 """Losses that are not finite stop on every process and leave a list of the images; signs of collapse are named once."""
 
+import io
 import json
 import math
+import tarfile
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
 from pretrain.alarm import Alarm, NonFiniteLoss, check_finite, nonfinite
-from pretrain.config import HeadsConfig, ModelConfig, MonitorConfig, PretrainConfig, TrainConfig
+from pretrain.config import (
+    HeadsConfig,
+    ModelConfig,
+    MonitorConfig,
+    OptimConfig,
+    PretrainConfig,
+    TeacherConfig,
+    TrainConfig,
+)
+from pretrain.data.config import CropsConfig, DataConfig
+from pretrain.train import pretrain
 from runtime.errors import Failed
+from runtime.files import locate
 
 CONFIG = PretrainConfig(
     model=ModelConfig(arch="vit_small"),
@@ -89,3 +104,47 @@ def test_stop_and_off():
         stop.check(40, bad)
     off = Alarm(replace(CONFIG, monitor=MonitorConfig(alarm="off")))
     assert [off.check(step, bad) for step in range(20, 60, 10)] == [[]] * 4
+
+
+def shard_of(path: Path, image: bytes, extension: str) -> str:
+    """A shard that holds one image 64 times."""
+    with tarfile.open(path, "w") as tar:
+        for i in range(64):
+            member = tarfile.TarInfo(f"{i:04d}.{extension}")
+            member.size = len(image)
+            tar.addfile(member, io.BytesIO(image))
+    return str(path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("images", "signs"),
+    [("pool", set()), ("one image", {"uniform cls"}), ("blank", {"uniform cls"})],
+)
+def test_a_real_run(images, signs, tmp_path, capsys):
+    """Pictures raise no alarm; one picture 64 times, or an empty one, is told by its targets."""
+    shards = "embedded:pool"
+    if images == "one image":
+        with tarfile.open(min(locate(shards).glob("*.tar"))) as tar:
+            member = next(m for m in tar if m.name.endswith((".jpg", ".webp", ".png")))
+            shards = shard_of(tmp_path / "a.tar", tar.extractfile(member).read(), member.name.rpartition(".")[2])  # type: ignore[union-attr]
+    elif images == "blank":
+        blank = io.BytesIO()
+        Image.new("RGB", (64, 64), (120, 120, 120)).save(blank, "png")
+        shards = shard_of(tmp_path / "a.tar", blank.getvalue(), "png")
+    config = PretrainConfig(
+        out=str(tmp_path / "run"),
+        device="cpu",
+        workers=0,
+        data=DataConfig(shards=(shards,)),
+        model=ModelConfig(arch="vit_pico", patch_size=8, init="fan_in", layerscale=1.0),
+        crops=CropsConfig(global_size=32, local_size=16, num_local=2),
+        heads=HeadsConfig(num_prototypes=64, hidden=64, bottleneck=32),
+        teacher=TeacherConfig(momentum=0.9, warmup_temperature=0.04, temperature=0.04),
+        optim=OptimConfig(lr=3e-3, reference_batch=16, schedule="constant"),
+        train=TrainConfig(steps=80, batch_size=16, precision="float32", log_every=5),
+    )
+    pretrain(config)
+    said = [line.partition(": ")[2] for line in capsys.readouterr().err.splitlines() if line.startswith("alarm at")]
+    assert {line.partition(":")[0] for line in said} == signs
+    assert len(said) == len(signs)
