@@ -9,8 +9,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from runtime.errors import UserError
 from runtime.seeding import torch_generator
 
-from .config import HeadsConfig, ModelConfig, PretrainConfig
-from .data.config import check
+from .config import HeadsConfig, ModelConfig
 from .model.head import Head
 from .model.init import Init, start_value
 from .model.vit import Shape, VisionTransformer
@@ -131,20 +130,3 @@ def build_heads(heads: HeadsConfig, dim: int) -> tuple[Head, Head | None]:
     if any(own):
         raise UserError(f"heads.tied: found ibot sizes {own} beside it; expected 0 for all, or heads.tied=false")
     return head(*sizes), None
-
-
-def describe(config: PretrainConfig) -> str:
-    """One line on the model and a step, for plans and logs. Raises UserError for sizes that do not fit."""
-    check(config.crops, config.mask, patch_size=config.model.patch_size)
-    learner = build_learner(config.model, config.heads, image_size=config.crops.global_size, seed=config.seed)
-    backbone = sum(p.numel() for p in learner.backbone.parameters())
-    total = sum(p.numel() for p in learner.parameters())
-    tokens = config.train.batch_size * sum(
-        count * ((size // config.model.patch_size) ** 2 + 1 + config.model.num_registers)
-        for count, size in ((2, config.crops.global_size), (config.crops.num_local, config.crops.local_size))
-    )
-    return (
-        f"{config.model.arch}/{config.model.patch_size}: {backbone / 1e6:.2f} M parameters "
-        f"({total / 1e6:.2f} M with heads), {config.train.steps} steps of {config.train.batch_size} images, "
-        f"{tokens} student tokens a step"
-    )

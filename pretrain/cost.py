@@ -55,6 +55,16 @@ def _count(model: ModelConfig, heads: HeadsConfig, image_size: int) -> Parameter
     return Parameters(backbone, sum(p.numel() for p in learner.parameters()) - backbone)
 
 
+def describe(config: PretrainConfig) -> str:
+    """One line on the model and a step, for logs and plans of several parts."""
+    count = parameters(config)
+    return (
+        f"{config.model.arch}/{config.model.patch_size}: {count.backbone / 1e6:.2f} M parameters "
+        f"({sum(count) / 1e6:.2f} M with heads), {config.train.steps} steps of {config.train.batch_size} images, "
+        f"{tokens_per_step(config):.0f} student tokens a step"
+    )
+
+
 def tokens_per_step(config: PretrainConfig) -> float:
     """Tokens of the student in a step of all processes; their mean where sizes are mixed."""
     per_image = sum(

@@ -192,11 +192,14 @@ def _from_checkpoint(source: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     run = source.parent.parent
     if not (source / "position.json").is_file() or not (run / "config.yaml").is_file():
         raise UserError(f"export: {source} is no export, no run folder and no checkpoint of one")
-    learner, config, step, data = restore(source, run / "config.yaml")
-    folder = run / "exports" / step_name(step)
+    state, config, data = restore(source, run / "config.yaml")
+    folder = run / "exports" / step_name(state.step)
     if not folder.is_dir():
         about = describe_data(config.data, fingerprint=data, samples=None)
-        export_learner(learner, folder, config, step=step, data=about, metrics={}, origin=read_origin(run))
+        export_learner(
+            state.ema, folder, config, step=state.step, data=about, metrics={}, centers=state.centers,
+            origin=read_origin(run),
+        )  # fmt: skip
     return read_export(folder)
 
 

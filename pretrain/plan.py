@@ -6,14 +6,13 @@ from runtime.files import human_bytes
 from runtime.progress import clock
 from runtime.world import choose_device
 
-from . import gram, schedules
 from .config import PretrainConfig
 from .cost import checkpoint_bytes, flops_per_step, memory_per_rank, parameters, tokens_per_step
-from .data.config import check as check_crops
 from .loop import choose_precision, threads
 from .rate import peak_flops
 from .schedules import at_step, scaled_lr
 from .stages import Stage, resolve
+from .train import check
 
 PROCESSES = (1, 2, 4, 8, 32, 96, 256)  # that the table shows, where the batch divides over them
 # Assumed share of the device's peak. GPU: 31 to 34 % in DINOv2's published times on A100. CPU: our step on 2 cores.
@@ -40,15 +39,6 @@ def plan(config: PretrainConfig, *, images: int | None = None) -> list[str]:
         lines.append(f"data: {images} images, each seen {seen / images:.3g} times in {steps} steps")
     lines += _table(stages, device, precision)
     return lines
-
-
-def check(stages: list[Stage]) -> None:
-    """Raise UserError for values of any stage that no schema can refuse."""
-    gram.check(stages)
-    for stage in stages:
-        config = stage.config
-        check_crops(config.crops, config.mask, patch_size=config.model.patch_size)
-        schedules.check(config.optim, config.teacher)
 
 
 def _stage_lines(stage: Stage) -> list[str]:

@@ -13,9 +13,12 @@ from runtime.errors import UserError
 
 from .config import PretrainConfig
 
-# What a stage may change, and within it what it may not: the shape of the model and the groups of the optimizer stay.
+# What a stage may change, and within it what it may not: the model, how it is prepared and the optimizer's groups stay.
 CHANGEABLE = ("data", "crops", "mask", "loss", "teacher", "optim", "train", "gram")
-FIXED = ("train.steps", "optim.layer_decay", "optim.patch_embed_lr", "optim.beta2", "gram.keep_at")
+FIXED = (
+    "train.steps", "train.precision", "train.compile", "train.recompute", "optim.layer_decay", "optim.patch_embed_lr",
+    "optim.beta2", "gram.keep_at",
+)  # fmt: skip
 # A later stage starts warm: nothing is frozen and no temperature rises, unless it says so.
 WARM: dict[str, Any] = {"teacher.warmup": 0.0, "optim.freeze_last_layer": 0.0, "optim.freeze_backbone": 0.0}
 

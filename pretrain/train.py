@@ -17,10 +17,10 @@ from runtime.progress import say
 from runtime.signals import StopRequest
 from runtime.world import World, open_world
 
-from .build import Learner, build_learner, describe, materialise
+from .build import Learner, build_learner, materialise
 from .checkpoint import Writer, load, load_newest, step_name
 from .config import PretrainConfig
-from .cost import checkpoint_bytes
+from .cost import checkpoint_bytes, describe
 from .data.config import DataConfig
 from .data.config import check as check_crops
 from .data.sources import Data, open_data
@@ -108,6 +108,11 @@ def check(stages: Sequence[Stage]) -> None:
                             ):  # fmt: skip
             if value < 1:
                 raise UserError(f"{name}: found {value}; expected at least 1")
+        if config.optim.freeze_backbone and not config.continue_from:
+            raise UserError(
+                f"optim.freeze_backbone: found {config.optim.freeze_backbone} of a backbone that knows nothing\n"
+                f"  give the weights to start from (continue_from=...), or optim.freeze_backbone=0"
+            )
         if config.model.in_chans != 3:
             raise UserError(f"model.in_chans: found {config.model.in_chans}; the loader of shards gives images of 3")
     require_wandb(stages[0].config.monitor.wandb)
@@ -115,12 +120,13 @@ def check(stages: Sequence[Stage]) -> None:
 
 def start(config: PretrainConfig, world: World) -> TrainState:
     """Step 0: a fresh student and an EMA equal to it, prepared for this world before their weights exist."""
-    train, parts = config.train, world.size * config.train.accumulate
-    for batch_size in (train.batch_size, *(stage.config.train.batch_size for stage in resolve(config)[1:])):
+    train, stages = config.train, resolve(config)
+    for stage in stages:
+        batch_size, parts = stage.config.train.batch_size, world.size * stage.config.train.accumulate
         if batch_size % parts:
             raise UserError(
                 f"train.batch_size: {batch_size} does not divide over {world.size} processes x train.accumulate "
-                f"{train.accumulate}\n  try {max(parts, batch_size // parts * parts)}"
+                f"{stage.config.train.accumulate} (stage {stage.name})\n  try {max(parts, batch_size // parts * parts)}"
             )
     student = build_learner(
         config.model, config.heads, image_size=config.crops.global_size, seed=config.seed, device="meta"
@@ -131,7 +137,7 @@ def start(config: PretrainConfig, world: World) -> TrainState:
         prepare(learner, world=world, train=train, parallel=config.parallel, precision=precision)
         materialise(learner, device=world.device, seed=config.seed, init=config.model.init)
     state = TrainState(0, student, ema, build_optimizer(student, config.optim))
-    if any(stage.config.loss.targets == "center" for stage in resolve(config)):
+    if any(stage.config.loss.targets == "center" for stage in stages):
         for name, head in (("cls", student.dino_head), ("patches", student.patch_head)):
             state.centers[name] = torch.zeros(head.prototypes.weight.shape[0], device=world.device)
     state.scaler = torch.amp.GradScaler(world.device.type, enabled=precision == torch.float16)
@@ -215,11 +221,12 @@ def write_status(
         write_json(out / "status.json", {"status": status, "step": state.step, "steps": steps, "stage": stage.name})
 
 
-def restore(checkpoint: Path, config_file: Path) -> tuple[Learner, PretrainConfig, int, str]:
-    """The EMA teacher of a checkpoint on the CPU, with the run's config, its step and its data fingerprint."""
+def restore(checkpoint: Path, config_file: Path) -> tuple[TrainState, PretrainConfig, str]:
+    """The state of a checkpoint on the CPU, with the config of its stage and its data fingerprint."""
     config = build(PretrainConfig, yaml.safe_load(config_file.read_text()))
     world = World()
     state = start(config, world)
     position = read_json(checkpoint / "position.json")
     load(state, checkpoint, world=world, data=position["data"])
-    return state.ema, config, state.step, position["data"]
+    stage = next(stage for stage in resolve(config) if state.step <= stage.end)
+    return state, stage.config, position["data"]

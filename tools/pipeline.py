@@ -18,8 +18,8 @@ from distill.train import distill
 from evaluation.config import EvaluateConfig
 from evaluation.probe import knn_hooks
 from evaluation.run import evaluate
-from pretrain.build import describe
 from pretrain.config import PretrainConfig
+from pretrain.cost import describe
 from pretrain.data.config import check as check_sizes
 from pretrain.export import convert
 from pretrain.train import pretrain

@@ -47,9 +47,16 @@ def test_a_preset_says_where_it_is_from_and_what_it_costs(name):
 @pytest.mark.parametrize("name", PRESETS)
 def test_a_preset_is_planned(name):
     """On the meta device: ViT-g takes as long as the tiny one."""
-    lines = plan(preset(name, "device=cpu", "train.precision=float32"))
+    given = ["continue_from=dinov2.pth"] if name == "continue" else []
+    lines = plan(preset(name, "device=cpu", "train.precision=float32", *given))
     assert any("images at a time" in line for line in lines)
     assert sum("steps of" in line for line in lines) == len(resolve(preset(name)))
+
+
+def test_a_frozen_backbone_needs_weights():
+    """The preset `continue` as it is would train heads on noise."""
+    with pytest.raises(UserError, match="optim.freeze_backbone: found 0.1 of a backbone that knows nothing"):
+        plan(preset("continue"))
 
 
 @pytest.mark.parametrize("name", PRESETS)
