@@ -3,6 +3,8 @@
 Compares the loader's own path with the same recipe as torchvision v2 transforms, image by image, on the embedded
 images (64 and 32 pixel crops) and on the same enlarged to 500x375 JPEGs (224 and 96 pixels). Rates are per second of
 processor time on one thread, so that other work on the machine hardly moves them; with workers, per wall second.
+Beside it: what a loader does that leaves the crops to a GPU, what a GPU then makes a second, where there is one, and
+the time of a mask.
 
     python benchmarks/bench_augment.py [--repeats 5]
 
@@ -18,16 +20,23 @@ import tarfile
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import torch
 from PIL import Image
 from torchvision.transforms import v2
 
 from imaging.decode import decode
 from pretrain.data.augment import MEAN, STD, views
+from pretrain.data.batch import Batch
 from pretrain.data.config import CropsConfig, MaskConfig
+from pretrain.data.device import RawBatch, finish
 from pretrain.data.loader import Steps, batches
+from pretrain.data.masks import draw_masks
+from pretrain.data.mixture import Mixture, Part
+from pretrain.data.recipe import Recipe
 from pretrain.data.shards import ShardSet
 from runtime.environment import describe
 from runtime.files import write_json
@@ -56,7 +65,9 @@ def main() -> None:
 
 def measure(shards: ShardSet, crops: CropsConfig, patch_size: int, repeats: int) -> dict[str, float]:
     """Images per second of both paths."""
-    steps = Steps(shards, crops, MaskConfig(), 0, BATCH, 0, 1, patch_size)
+    recipe = Recipe(crops, MaskConfig(), 0, BATCH, 0, 1, patch_size)
+    data = Mixture((Part("", shards),))
+    steps, raw = Steps(data, recipe), Steps(data, replace(recipe, on_device=True))
     transform = torchvision_recipe(crops)
 
     def theirs(step: int) -> None:
@@ -65,6 +76,18 @@ def measure(shards: ShardSet, crops: CropsConfig, patch_size: int, repeats: int)
 
     rates = {"ours": rate(steps.batch, repeats), "torchvision_v2": rate(theirs, repeats)}
     rates["factor"] = round(rates["ours"] / rates["torchvision_v2"], 2)
+    rates["ours_left_to_the_device"] = rate(raw.batch, repeats)
+    if torch.cuda.is_available():
+        rates["finished_on_cuda_per_wall_second"] = finish_rate(raw.batch(0), repeats)
+    side = crops.global_size // patch_size
+    count = 2 * BATCH
+    per_second = rate(
+        lambda step: draw_masks(
+            0, step, num_crops=count, crops=np.arange(count), grid=(side, side), config=MaskConfig(1.0)
+        ),
+        repeats,
+    )
+    rates["microseconds_a_mask"] = round(1e6 / (2 * per_second), 1)
     for num_workers in (1, 2):
         loader = batches(shards, crops=crops, mask=MaskConfig(), seed=0, batch_size=BATCH, start_step=0,
                          num_steps=3 * repeats, num_workers=num_workers, patch_size=patch_size)  # fmt: skip
@@ -84,6 +107,19 @@ def rate(make_batch: Callable[[int], object], repeats: int) -> float:
         make_batch(step)
         seconds.append(time.process_time() - start)
     return round(BATCH / statistics.median(seconds), 1)
+
+
+def finish_rate(batch: Batch | RawBatch, repeats: int) -> float:
+    """Images per wall second that a GPU cuts and colors, transfer included."""
+    device = torch.device("cuda")
+    seconds = []
+    for _ in range(repeats + 2):
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        finish(batch, device)
+        torch.cuda.synchronize()
+        seconds.append(time.perf_counter() - start)
+    return round(BATCH / statistics.median(seconds[2:]), 1)
 
 
 def torchvision_recipe(crops: CropsConfig) -> Callable[[Image.Image], list[torch.Tensor]]:

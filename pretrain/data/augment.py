@@ -12,6 +12,7 @@ cutting is per image (torchvision on uint8), coloring is for many crops at once 
 C views of an image (2 + L, and 2 more for the Gram teacher), B images, n crops of one size, S pixels a side.
 """
 
+import functools
 import math
 from dataclasses import dataclass, replace
 
@@ -136,7 +137,7 @@ def _recolor(images: Tensor, crops: Tensor, numbers: np.ndarray, view: View) -> 
     _change(images, gray < GRAY, lambda chosen, _: color.gray(chosen).expand_as(chosen))
     _change(images, blur < view.blur, color.blur, SIGMA[0] + (SIGMA[1] - SIGMA[0]) * sigma)
     _change(images, solarize < view.solarize, lambda chosen, _: color.solarize(chosen))
-    mean, std = torch.tensor([MEAN, STD], device=images.device)[:, :, None, None]
+    mean, std = torch.tensor([MEAN, STD]).to(images.device, non_blocking=True)[:, :, None, None]
     images.sub_(mean).div_(std)
 
 
@@ -157,6 +158,8 @@ def _change(images: Tensor, chosen: np.ndarray, function, values: np.ndarray | N
     """Replace the chosen images by `function(images, values)` of them."""
     index = np.flatnonzero(chosen)
     if len(index):
-        strengths = None if values is None else torch.from_numpy(values[index]).float().to(images.device)
-        rows = torch.from_numpy(index).to(images.device) if len(index) < len(images) else slice(None)
+        # Without non_blocking each of these small copies would wait until a GPU has done all it was given before.
+        move = functools.partial(Tensor.to, device=images.device, non_blocking=True)
+        strengths = None if values is None else move(torch.from_numpy(values[index]).float())
+        rows = move(torch.from_numpy(index)) if len(index) < len(images) else slice(None)
         images[rows] = function(images[rows], strengths)

@@ -78,7 +78,7 @@ def cut_all(batch: RawBatch) -> list[Tensor]:
     results = [batch.pixels.new_empty(num, count, 3, size, size) for num, size in kinds]
     starts = np.cumsum([0, *(height * width for height, width in batch.sizes)])[:-1]
     for chosen in alike(batch.sizes):
-        rows = torch.tensor(chosen, device=batch.pixels.device)
+        rows = torch.tensor(chosen).to(batch.pixels.device, non_blocking=True)
         images = padded(batch.pixels, [int(starts[i]) for i in chosen], [batch.sizes[i] for i in chosen])
         boxes = batch.boxes[rows].split([num for num, _ in kinds], dim=1)
         for part, (num, size), out in zip(boxes, kinds, results, strict=True):
@@ -101,9 +101,8 @@ def alike(sizes: tuple[tuple[int, int], ...]) -> Iterator[list[int]]:
 
 def padded(pixels: Tensor, starts: list[int], sizes: list[tuple[int, int]]) -> Tensor:
     """Images, float32 [n, 3, H, W], from rows of `pixels`; what lies outside an image is any pixel."""
-    start, heights, widths = torch.tensor(
-        [starts, [height for height, _ in sizes], [width for _, width in sizes]], device=pixels.device
-    )[:, :, None, None]  # [n, 1, 1] each
+    table = torch.tensor([starts, [height for height, _ in sizes], [width for _, width in sizes]])
+    start, heights, widths = table.to(pixels.device, non_blocking=True)[:, :, None, None]  # [n, 1, 1] each
     y = torch.arange(max(height for height, _ in sizes), device=pixels.device)[:, None]
     x = torch.arange(max(width for _, width in sizes), device=pixels.device)
     where = start + torch.minimum(y, heights - 1) * widths + torch.minimum(x, widths - 1)  # [n, H, W]

@@ -81,6 +81,9 @@ class Mixture:
             if not part.weight and not part.batches:
                 raise UserError(f"data.sets: {part.name} has weight 0 and no batches of its own; leave it out")
         own, weight = sum(part.batches for part in parts), sum(part.weight for part in parts)
+        for part in parts:
+            if 0 < part.weight < weight / PERIOD or 0 < part.batches < 1 / PERIOD:
+                raise UserError(f"data.sets: {part.name} has a share below 1 in {PERIOD}; it would never have its turn")
         if own > 1 + 1e-9:
             raise UserError(f"data.sets: batches of single sets make {own:g} of the steps; expected at most 1")
         if own < 1 - 1e-9 and not weight:

@@ -80,6 +80,9 @@ def test_the_batch_is_that_of_the_loader(crops):
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 def test_the_batch_of_a_gpu_is_that_of_the_loader():
     assert_close(*both(CropsConfig(global_size=32, local_size=16, num_local=3, gram_size=64), torch.device("cuda")))
+    made = recipe(CROPS, batch_size=12, on_device=True).batch(0, pictures(), skipped=[]).pin_memory()
+    assert made.masks.is_pinned()
+    assert_close(finish(made, CPU), finish(made, torch.device("cuda")).to(CPU))
 
 
 @pytest.mark.parametrize(("length", "size"), [(10, 32), (31, 32), (32, 32), (100, 32), (200, 16), (1, 16), (5, 8)])

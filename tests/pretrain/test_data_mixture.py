@@ -161,6 +161,7 @@ def test_the_fingerprint_is_of_sets_names_and_shares(sets):
         ([SetConfig("", ("T",))], "data.sets[0].name: found ''"),
         ([SetConfig("a", ("T",)), SetConfig("a", ("T",))], "data.sets[0].name: found 'a'"),
         ([SetConfig("a", ("T",), weight=-1)], "a has weight -1"),
+        ([SetConfig("a", ("T",), weight=1e-5), SetConfig("b", ("T",))], "a has a share below 1 in 25200"),
         ([SetConfig("a", ("T",), batches=1.5)], "batches 1.5"),
         ([SetConfig("a", ("T",), weight=0)], "a has weight 0 and no batches"),
         ([SetConfig("a", ("T",), weight=0, batches=0.5)], "all weights are 0, and 50%"),
