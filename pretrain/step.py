@@ -291,9 +291,10 @@ def health(
     recipe: Recipe,
 ) -> dict[str, Tensor]:
     """Signs of how the run fares, from what the step computed anyway (health.py)."""
-    images = sum(len(part.batch.samples) for part in parts)
-    shares = {  # of the crops of each part that take part in a loss
-        "cls": torch.tensor([len(part.batch.samples) / images for part in parts], device=losses.loss.device),
+    images, batch = sum(len(part.batch.samples) for part in parts), parts[0].batch
+    pairs = crop_pairs(len(batch.local_crops) // len(batch.samples), local_weight=recipe.loss.dino_local)
+    shares = {  # sum of the weights of each part in a loss
+        "cls": torch.tensor([len(p.batch.samples) / images for p in parts], device=losses.loss.device) * pairs.sum(),
         "patches": torch.stack([part.asked.any(-1).sum() / (2 * images) for part in parts]),
     }
     signs = {}

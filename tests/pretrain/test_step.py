@@ -198,6 +198,17 @@ def test_corner_batches_give_finite_steps(state, batch, change):
         assert measured["koleo"] == 0
 
 
+@pytest.mark.parametrize("accumulate", [1, 2])
+@pytest.mark.parametrize("dino_local", [1.0, 0.5, 0.0])
+def test_kl_is_what_is_left_of_the_loss_without_its_weights(batch, dino_local, accumulate):
+    measured = step(new_state(), batch, loss=LossConfig(dino_local=dino_local), accumulate=accumulate)
+    pairs, masked = (2 + 4 * dino_local) / 6, 5 / 8  # 2 local crops of an image; 5 of 8 crops are masked
+    for name, loss, share in (("cls", "dino", pairs), ("patches", "ibot", masked)):
+        expected = measured[loss] / share - measured[f"teacher_entropy/{name}"]
+        assert measured[f"kl/{name}"].item() == pytest.approx(expected.item(), abs=1e-5)
+        assert measured[f"kl/{name}"] > 0
+
+
 def test_a_loss_that_is_not_finite_moves_nothing(state, batch):
     """The v3 code goes on to `optimizer.step()` (method inventory, sec. 2.5)."""
     before = copy.deepcopy(state.student.state_dict())
