@@ -51,47 +51,35 @@ def block_rows(
     With `noise`, attention and feed-forward part of each block compute a share 1 - drop of the sequences of each group.
     Indices are computed where `live` is: on the CPU nothing waits for the device.
     """
-    home = live.device if live is not None else torch.device("cpu")
     if noise is None or drop == 0:
-        everything = BlockRows(attend(groups, None, device), angles=angles)
-        if live is None:
-            return [everything] * depth
-        ask, add = live.sort()
-        last = BlockRows(
-            attend(groups, _queries(ask, groups), device),
-            attention=Branch(add=add.to(device)),
-            ask=ask.to(device),
-            live=live.to(device),
-            angles=angles,
-        )
-        return [everything] * (depth - 1) + [last]
-
-    rows, kept_groups, scale = _kept_rows(groups, noise, drop=drop, draws=2 * depth)
-    shared = attend(kept_groups, None, device)
-    factor = _on(device, scale, rows[0])
-    branches = [Branch(read, read, factor) for read in rows.to(device)]
-    blocks = [
-        BlockRows(shared, attention=attention, feed_forward=feed_forward, angles=angles)
-        for attention, feed_forward in zip(branches[::2], branches[1::2], strict=True)
-    ]
-    if live is not None:
-        reads, feeds = rows[-2:].to(home)
-        total = sum(count * length for count, length in groups)
-        place = torch.full((total,), -1, device=home)  # of a row among those that attention reads
-        place[reads] = torch.arange(len(reads), device=home)
-        order = live.argsort()
-        add = order[place[live[order]] >= 0]
-        ask = place[live[add]]
-        feed = torch.isin(live, feeds).nonzero()[:, 0]
-        blocks[-1] = BlockRows(
-            attend(kept_groups, _queries(ask, kept_groups), device),
-            attention=Branch(branches[-2].read, add.to(device), _on(device, scale, live[add])),
-            ask=ask.to(device),
-            live=live.to(device),
-            feed_forward=Branch(feed.to(device), feed.to(device), _on(device, scale, live[feed])),
-            angles=angles,
-        )
-    return blocks
+        kept_groups, scale = groups, 1.0
+        blocks = [BlockRows(attend(groups, None, device), angles=angles)] * depth
+        attended = fed = torch.arange(sum(count * length for count, length in groups))
+    else:
+        rows, kept_groups, scale = _kept_rows(groups, noise, drop=drop, draws=2 * depth)
+        shared, factor = attend(kept_groups, None, device), _on(device, scale, rows[0])
+        branches = [Branch(read, read, factor) for read in rows.to(device)]
+        blocks = [
+            BlockRows(shared, attention=attention, feed_forward=feed_forward, angles=angles)
+            for attention, feed_forward in zip(branches[::2], branches[1::2], strict=True)
+        ]
+        attended, fed = rows[-2:]
+    if live is None:
+        return blocks
+    home = live.device
+    order = live.argsort()  # queries stand in the order of their sequences
+    add = order[torch.isin(live[order], attended.to(home))]
+    ask = torch.searchsorted(attended.to(home), live[add])  # where a row stands among those that attention reads
+    feed = torch.isin(live, fed.to(home)).nonzero()[:, 0]
+    last = BlockRows(
+        attend(kept_groups, _queries(ask, kept_groups), device),
+        attention=Branch(blocks[-1].attention.read, add.to(device), _on(device, scale, live[add])),
+        ask=ask.to(device),
+        live=live.to(device),
+        feed_forward=Branch(feed.to(device), feed.to(device), _on(device, scale, live[feed])),
+        angles=angles,
+    )
+    return [*blocks[:-1], last]
 
 
 def _kept_rows(groups: Groups, noise: Noise, *, drop: float, draws: int) -> tuple[Tensor, Groups, float | Tensor]:
