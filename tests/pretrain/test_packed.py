@@ -5,7 +5,7 @@ import torch
 
 from pretrain.model.attention import Sdpa
 from pretrain.model.noise import Noise, draw_kept
-from pretrain.model.packed import pack, unpack
+from pretrain.model.packed import PackedTokens, pack, unpack
 from pretrain.model.rows import block_rows
 from pretrain.model.vit import Shape, VisionTransformer
 
@@ -30,6 +30,31 @@ def test_cu_seqlens_by_hand():
     packed = pack([torch.zeros(2, 3, 1), torch.zeros(1, 4, 1)])
     assert packed.cu_seqlens.tolist() == [0, 3, 6, 10]
     assert packed.cu_seqlens.dtype == torch.int32
+
+
+def test_nested_tensors_share_their_memory_both_ways():
+    """A jagged tensor with runs of 3, 3 and 4 tokens, and back; nothing is copied."""
+    sequences = [torch.randn(length, 5) for length in (3, 3, 4)]
+    nested = torch.nested.nested_tensor(sequences, layout=torch.jagged)
+    packed = PackedTokens.from_nested(nested)
+    assert packed.groups == ((2, 3), (1, 4))
+    assert torch.equal(packed.values, torch.cat(sequences))
+    assert packed.values.data_ptr() == nested.values().data_ptr()
+    back = packed.to_nested()
+    assert back.values().data_ptr() == nested.values().data_ptr()
+    assert all(torch.equal(one, other) for one, other in zip(back.unbind(), sequences, strict=True))
+
+
+@pytest.mark.parametrize("what", ["dense", "strided", "holes"])
+def test_what_is_no_jagged_tensor_of_tokens_is_refused(what):
+    if what == "dense":
+        given = torch.zeros(2, 3, 4)
+    elif what == "strided":
+        given = torch.nested.nested_tensor([torch.zeros(3, 4)], layout=torch.strided)
+    else:
+        given = torch.nested.narrow(torch.zeros(2, 6, 4), 1, torch.tensor([0, 1]), torch.tensor([3, 2]), torch.jagged)
+    with pytest.raises(ValueError, match="expected a nested tensor"):
+        PackedTokens.from_nested(given)
 
 
 @pytest.mark.parametrize("training", [False, True])
