@@ -78,15 +78,16 @@ def train(
                 say(f"{describe(config)}; {images_seen(stages, opened)}")
         if teacher is not None:
             teacher = teacher.to(world.device)
-        reader = position.readers[world.rank] if position and len(position.readers) == world.size else None
+        # Every stage reads from the start of its data: where a stream stands matters to the stage that it was left in.
+        left = position if position and len(position.readers) == world.size else None
         for stage in stages:
             data = opened[stage.config.data]
             if state.step < stage.end:
+                reader = left.readers[world.rank] if left and left.stage == stage.name else None
                 run_stage(
                     state, stage, stages, data, fingerprint=fingerprint, reader=reader, teacher=teacher, world=world,
                     hooks=hooks, stop=stop,
                 )  # fmt: skip
-                reader = None
             folder = out / "exports" / step_name(stage.end)
             if state.step == stage.end and not (folder / "card.json").is_file():
                 keep_export(state, folder, stage, data)

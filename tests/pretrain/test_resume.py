@@ -15,6 +15,11 @@ from pathlib import Path
 import pytest
 import yaml
 
+from pretrain.config import PretrainConfig
+from pretrain.train import pretrain
+from runtime.config import build
+from runtime.errors import Stopped
+from runtime.files import locate
 from runtime.metrics import read_metrics
 
 STEPS = 12
@@ -33,8 +38,6 @@ CONFIG = {
     "checkpoint": {"every": 3, "keep": 2},
 }  # fmt: skip
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}
-
-pytestmark = pytest.mark.slow
 
 
 def command(out: Path, *overrides: str) -> list[str]:
@@ -73,6 +76,7 @@ def whole(tmp_path_factory) -> Path:
     return out
 
 
+@pytest.mark.slow
 def test_killed_twice(whole, tmp_path):
     out = tmp_path / "run"
     for step in (2, 5):  # before the first checkpoint, and two steps after it
@@ -81,6 +85,7 @@ def test_killed_twice(whole, tmp_path):
     assert lines(out) == lines(whole)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
 def test_asked_to_stop_it_saves_at_once_and_leaves_with_75(whole, tmp_path, number):
     """With rows and checkpoints far apart: no step is lost, and the stop leaves no row that was not asked for."""
@@ -95,6 +100,7 @@ def test_asked_to_stop_it_saves_at_once_and_leaves_with_75(whole, tmp_path, numb
     assert lines(out) == lines(whole)[3::4]
 
 
+@pytest.mark.slow
 def test_two_processes_go_on_as_one(tmp_path):
     """One of two processes is asked to stop, both save; one alone goes on with the same losses to float tolerance.
 
@@ -125,3 +131,32 @@ def test_two_processes_go_on_as_one(tmp_path):
         assert a["step"] == b["step"]
         for name in ("loss", "dino", "ibot", "koleo", "grad_norm/backbone", "mean_entropy/cls", "rank"):
             assert a[name] == pytest.approx(b[name], rel=1e-3, abs=1e-3), (a["step"], name)
+
+
+class StopAfter:
+    """A stop request that becomes true after some steps, as a signal would."""
+
+    def __init__(self, steps: int):
+        self.steps = steps
+
+    def __bool__(self) -> bool:
+        self.steps -= 1
+        return self.steps < 0
+
+
+@pytest.mark.parametrize("after", [1, 3, 4])
+def test_streams_and_stages_go_on_where_they_stood(tmp_path, after):
+    """Shards behind a URL keep a position; a stop at the end of a stage must not hand it to the next."""
+    pool = f"file://{locate('embedded:pool')}/quick-0000.tar"
+    values = CONFIG | {
+        "data": {"shards": [pool], "shuffle_buffer": 16},
+        "train": CONFIG["train"] | {"steps": 4},
+        "stages": [{"name": "second", "steps": 3, "set": {"optim.lr": 1.0e-3}}],
+    }
+    whole, stopped = (build(PretrainConfig, values | {"out": str(tmp_path / name)}) for name in ("whole", "stopped"))
+    pretrain(whole)
+    with pytest.raises(Stopped):
+        pretrain(stopped, stop=StopAfter(after - 1))  # type: ignore[arg-type]
+    pretrain(stopped)
+    assert len(lines(tmp_path / "whole")) == 7
+    assert lines(tmp_path / "whole") == lines(tmp_path / "stopped")
