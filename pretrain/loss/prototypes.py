@@ -76,7 +76,8 @@ class _PrototypeLoss(torch.autograd.Function):
             pairs, weights = pairs.to(exact), weights.to(exact)
             each = pairs.sum(1)  # [R]; what a row counts for, so that its mixed targets sum to 1
             mix = pairs / torch.where(each == 0, 1, each)[:, None]
-            own, prototypes, others = z.to(dtype), w.to(dtype), w.to(back)
+            own, prototypes = z.to(dtype), w.to(dtype)
+            others = prototypes.to(back)
             told = Targets(targets.features.to(dtype), targets.prototypes.to(dtype), targets.shift, targets.temperature)
             loss, entropy, mass = (w.new_zeros(shape, dtype=exact) for shape in ((), (), (len(w),)))
             for part in _chunks(z.shape[1], width=(len(z) + len(told.features)) * len(w)):
@@ -86,6 +87,7 @@ class _PrototypeLoss(torch.autograd.Function):
                 if asked.measures:
                     entropy -= (torch.linalg.vecdot(p, scores.log_softmax(-1)).mean(0) * weights[part]).sum()
                     mass += (weights[part].repeat(len(p)) / len(p)) @ p.flatten(0, 1)
+                del scores
                 log_q = scores_of(own[:, part], prototypes, temperature=temperature).log_softmax(-1)  # [R, m, K]
                 t = p if mix.numel() == 1 else (mix @ p.flatten(1)).view_as(log_q)
                 loss -= (torch.linalg.vecdot(t, log_q) * factor).sum()
@@ -96,11 +98,14 @@ class _PrototypeLoss(torch.autograd.Function):
                 if grad_z is not None:
                     grad_z[:, part] = (slope @ others).view_as(grad_z[:, part]) * scaled
                 if grad_w is not None:
-                    grad_w += slope.T @ (z[:, part] * scaled).to(back).flatten(0, 1)
+                    rows = (z[:, part] * scaled).to(back).flatten(0, 1)
+                    grad_w = grad_w.addmm_(slope.T, rows) if back == exact else grad_w.add_(slope.T @ rows)
             total = weights.sum().clamp_min(torch.finfo(exact).tiny)
             entropy, mass = entropy / total, mass / total
         ctx.mark_non_differentiable(entropy, mass)
-        ctx.save_for_backward(grad_z, grad_w)
+        # float16 is left for backward, where a loss scale comes in.
+        held = torch.bfloat16 if w.dtype == torch.bfloat16 else exact
+        ctx.save_for_backward(grad_z, None if grad_w is None else grad_w.to(held))
         ctx.dtypes = z.dtype, w.dtype
         return loss, entropy, mass
 

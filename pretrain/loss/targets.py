@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-CHUNK = 2**25  # scores that are looked at together, a student's and its targets' (128 MiB in float32)
+CHUNK = 2**24  # scores that are looked at together, a student's and its targets' (64 MiB in float32)
 
 
 @dataclass(frozen=True)

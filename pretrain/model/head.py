@@ -33,8 +33,8 @@ class Prototypes(nn.Module):
         """Effective prototypes [K, d]."""
         if self.gain is None:
             return self.weight
-        # One factor per row, so that autograd keeps one matrix instead of two.
-        return self.weight * (self.gain / self.weight.norm(dim=-1, keepdim=True).clamp_min(1e-12))
+        # gain * weight / |weight| as torch.nn.utils.parametrizations.weight_norm has it: no copy for backward.
+        return torch._weight_norm(self.weight, self.gain, 0)  # pyright: ignore[reportPrivateImportUsage]
 
 
 class Head(nn.Module):
@@ -57,5 +57,7 @@ class Head(nn.Module):
         Without `read` these are the logits [M, K]. What needs the prototypes is handed in because they are gathered
         from all processes only while this module's forward runs.
         """
-        # Normalised in float32: in half precision the norm of a small vector underflows.
-        return read(F.normalize(self.mlp(x).float(), dim=-1).to(x.dtype), self.prototypes())
+        z = self.mlp(x)
+        # Normalised in float32: in half precision the norm of a small vector underflows. The prototypes take on the
+        # type of the features, as autocast would have it, once for all that `read` does with them.
+        return read(F.normalize(z.float(), dim=-1).to(z.dtype), self.prototypes().to(z.dtype))
