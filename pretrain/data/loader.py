@@ -17,6 +17,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from itertools import chain
 
+import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
@@ -109,28 +110,30 @@ class Steps(Dataset):
         """The batch of step `job` for this rank."""
         recipe = self.recipe
         parts, places = self.data.places(job, recipe.slots, batch_size=recipe.batch_size)
+        epochs, samples = self.data.at(parts, places, seed=recipe.seed)
         shortest = recipe.min_side(job)
         skipped: list[str] = []
-        images = (
-            self.decodable(part, place, skipped=skipped, min_side=shortest)
-            for part, place in zip(parts.tolist(), places.tolist(), strict=True)
-        )
+        found = zip(parts.tolist(), places.tolist(), epochs.tolist(), samples.tolist(), strict=True)
+        images = (self.decodable(*each, skipped=skipped, min_side=shortest) for each in found)
         return recipe.batch(job, images, skipped=skipped)
 
-    def decodable(self, part: int, place: int, *, skipped: list[str], min_side: int) -> Decoded:
-        """The image at `place` of the endless sequence of a part.
+    def decodable(
+        self, part: int, place: int, epoch: int, sample: int, *, skipped: list[str], min_side: int
+    ) -> Decoded:
+        """The image `sample`, which is at `place` of the endless sequence of a part.
 
         One that cannot be decoded is named in `skipped` and replaced by the one of the same part that comes a batch
         later, and so on: so no image comes twice into one batch.
         """
         for _ in range(ATTEMPTS):
-            epoch, sample = self.data.at(part, place, seed=self.recipe.seed)
             key, data = self.data.read(sample)
             try:
                 return Decoded(decode(data, min_side=min_side)[0], epoch, sample)
             except Rejected as error:
                 skipped.append(f"{key}: {error.reason}")
             place += self.recipe.batch_size
+            epochs, samples = self.data.at(np.array([part]), np.array([place]), seed=self.recipe.seed)
+            epoch, sample = int(epochs[0]), int(samples[0])
         raise UserError(f"data.shards: {ATTEMPTS} images in a row cannot be decoded, first {skipped[-ATTEMPTS]}")
 
 

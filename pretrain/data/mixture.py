@@ -140,10 +140,14 @@ class Mixture:
         parts = self.images.at(before + slots)
         return parts, self.images.before(parts, before + slots) + own[parts]
 
-    def at(self, part: int, place: int, *, seed: int) -> tuple[int, int]:
-        """Epoch of a part at a place of its sequence, and the index of the image there."""
-        size, name = len(self.parts[part].shards), self.parts[part].name
-        # Sets of one size must not run in step, or images of the same number would always meet.
-        order = key(seed, "set", name) if len(self.parts) > 1 else seed
-        (sample,) = samples_at(order, np.array([place]), size).tolist()
-        return place // size, sample + int(self.ends[part]) - size
+    def at(self, parts: np.ndarray, places: np.ndarray, *, seed: int) -> tuple[np.ndarray, np.ndarray]:
+        """At places of the sequences of parts (int64 [P] both): the epoch of the part, and the index of the image."""
+        epochs, samples = np.empty_like(places), np.empty_like(places)
+        for number in sorted(set(parts.tolist())):
+            part, here = self.parts[number], parts == number
+            size = len(part.shards)
+            # Sets of one size must not run in step, or images of the same number would always meet.
+            order = key(seed, "set", part.name) if len(self.ends) > 1 else seed
+            epochs[here] = places[here] // size
+            samples[here] = samples_at(order, places[here], size) + (int(self.ends[number]) - size)
+        return epochs, samples

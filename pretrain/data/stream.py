@@ -108,7 +108,6 @@ class Stream:
             start = Position(start.epoch, 0, 0, 0, 0, world_size)
         following = self._read(start, seed=seed, rank=rank, world_size=world_size)
         head = next(following)
-        window: list[Item] = []
 
         def fill(window: list[Item], limit: int) -> None:
             """Read on into a window, which ends with its epoch."""
@@ -117,24 +116,25 @@ class Stream:
                 window.append(head)
                 head = next(following)
 
+        window: list[Item] = []
         number, taken = start.window, start.taken
         while True:
             fill(window, self.buffer)
-            first, coming = window[0], []
-            order = generator(seed, "window", first.epoch, rank, number).permutation(len(window))
-            for place in range(taken, len(window)):
-                after = Position(first.epoch, first.shard, first.row, number, place + 1, world_size)
-                yield window[order[place]], after
-                fill(coming, place + 1 - taken)
-            fill(coming, 1)
-            number, taken = (number + 1 if coming[0].epoch == first.epoch else 0), 0
-            window = coming
+            first, waiting, window = window[0], dict(enumerate(window)), []
+            order = generator(seed, "window", first.epoch, rank, number).permutation(len(waiting)).tolist()
+            for given, place in enumerate(order, 1):
+                item = waiting.pop(place)  # makes room for the one that is read below
+                if given > taken:
+                    yield item, Position(first.epoch, first.shard, first.row, number, given, world_size)
+                    fill(window, given - taken)
+            fill(window, 1)
+            number, taken = (number + 1 if window[0].epoch == first.epoch else 0), 0
 
     def _read(self, start: Position, *, seed: int, rank: int, world_size: int) -> Iterator[Item]:
         """The images of a process in the order in which they lie, epoch after epoch."""
         shard, row = start.shard, start.row
         for epoch in count(start.epoch):
-            found = shard or row
+            found = bool(shard or row)
             dealt = generator(seed, "shards", epoch).permutation(len(self.urls))[rank::world_size].tolist()
             for place in range(shard, len(dealt)):
                 for number, key, data in images_of(self.urls[dealt[place]], start=row):

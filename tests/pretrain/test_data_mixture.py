@@ -46,6 +46,13 @@ def load(data, *, batch_size=4, start_step=0, num_steps=8, **changes):
     )
 
 
+def at(mixture: Mixture, part: int, places) -> list[tuple[int, int]]:
+    """Epoch and sample of each place of a part."""
+    places = np.array(places)
+    epochs, samples = mixture.at(np.full(len(places), part), places, seed=0)
+    return list(zip(epochs.tolist(), samples.tolist(), strict=True))
+
+
 def test_shares_are_exact_and_evenly_spaced():
     deal = Deal.by([0.3, 0.6, 0.1])
     turns = deal.at(np.arange(3 * PERIOD))
@@ -81,7 +88,7 @@ def test_each_set_runs_through_its_own_images_without_gaps(sets):
     assert {part: len(places) for part, places in seen.items()} == {0: 180, 1: 60, 2: 80}  # 3 : 1 of 30 steps, 10 own
     for part, size in enumerate((12, 7, 5)):
         assert sorted(seen[part]) == list(range(len(seen[part])))
-        samples = [mixture.at(part, place, seed=0) for place in sorted(seen[part])]
+        samples = at(mixture, part, sorted(seen[part]))
         first = sum((12, 7, 5)[:part])
         assert [epoch for epoch, _ in samples] == [place // size for place in range(len(samples))]
         for start in range(0, len(samples) - size, size):
@@ -140,7 +147,7 @@ def test_two_sets_of_one_size_do_not_run_in_step(tmp_path):
     parts = [SetConfig(name, (image_tar(tmp_path / f"{name}.tar", images=9, shade=9),)) for name in ("red", "radar")]
     mixture = open_data(DataConfig(sets=tuple(parts)))
     assert isinstance(mixture, Mixture)
-    orders = [[mixture.at(part, place, seed=0)[1] - 9 * part for place in range(9)] for part in (0, 1)]
+    orders = [[sample - 9 * part for _, sample in at(mixture, part, range(9))] for part in (0, 1)]
     assert sorted(orders[0]) == sorted(orders[1])
     assert orders[0] != orders[1]
 

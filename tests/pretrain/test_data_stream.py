@@ -6,6 +6,7 @@ import itertools
 import pickle
 import tarfile
 import threading
+import weakref
 from collections import Counter
 from contextlib import contextmanager
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
@@ -135,6 +136,16 @@ def test_a_larger_buffer_shuffles_more(folder):
     assert shards_met(1) == 1
     assert shards_met(15) > 2
     assert shards_met(30) > 3
+
+
+def test_no_more_images_are_held_than_the_buffer_has(folder, monkeypatch):
+    held, made = weakref.WeakSet(), stream.Item
+    monkeypatch.setattr(stream, "Item", lambda *values: held.add(item := made(*values)) or item)
+    monkeypatch.setattr(made, "__hash__", object.__hash__)
+    most = 0
+    for _ in itertools.islice(local(folder, 10).images(seed=0, rank=0, world_size=1, position=None), 100):
+        most = max(most, len(held))
+    assert 10 <= most <= 10 + 3  # the one given out last, the next one, and the one on its way
 
 
 @pytest.mark.parametrize("world_size", [2, 3, 5])
