@@ -12,12 +12,7 @@ from torch import Tensor
 
 from runtime.errors import UserError
 
-from .packed import Groups
-
-
-def lengths_of(groups: Groups) -> Tensor:
-    """The length of each sequence: int64 [S], on the CPU."""
-    return torch.cat([torch.full((count,), length) for count, length in groups])
+from .packed import Groups, lengths_of, starts_of
 
 
 class Varlen:
@@ -27,8 +22,8 @@ class Varlen:
 
     def __init__(self, groups: Groups, num_queries: Tensor | None, device: torch.device):
         lengths = lengths_of(groups)
-        self.key_starts = _starts(lengths, device)
-        self.query_starts = self.key_starts if num_queries is None else _starts(num_queries, device)
+        self.key_starts = starts_of(lengths, device)
+        self.query_starts = self.key_starts if num_queries is None else starts_of(num_queries, device)
         self.longest = max(length for _, length in groups)  # of the queries an upper bound, so that nothing waits
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -36,11 +31,6 @@ class Varlen:
 
         # Only what PyTorch 2.11 and 2.15 have in common: the arguments that follow differ.
         return varlen_attn(q, k, v, self.query_starts, self.key_starts, self.longest, self.longest)  # pyright: ignore[reportReturnType]
-
-
-def _starts(lengths: Tensor, device: torch.device) -> Tensor:
-    """Where each sequence starts, and the total: int32 [S + 1]."""
-    return torch.nn.functional.pad(lengths.cumsum(0), (1, 0)).to(device, torch.int32)
 
 
 class Xformers:

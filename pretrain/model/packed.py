@@ -13,6 +13,16 @@ from torch import Tensor
 Groups = tuple[tuple[int, int], ...]  # runs of sequences of equal length: (number of sequences, their length)
 
 
+def lengths_of(groups: Groups) -> Tensor:
+    """The length of each sequence: int64 [S], on the CPU."""
+    return torch.cat([torch.full((count,), length) for count, length in groups])
+
+
+def starts_of(lengths: Tensor, device: torch.device) -> Tensor:
+    """Where each sequence starts, and T: int32 [S + 1]."""
+    return torch.nn.functional.pad(lengths.cumsum(0), (1, 0)).to(device, torch.int32)
+
+
 class PackedTokens(NamedTuple):
     """Tokens of many sequences, one after the other."""
 
@@ -22,8 +32,7 @@ class PackedTokens(NamedTuple):
     @property
     def cu_seqlens(self) -> Tensor:
         """Where each sequence starts, and T: int32 [S + 1], on the tokens' device."""
-        lengths = torch.cat([torch.full((count,), length) for count, length in self.groups])
-        return torch.nn.functional.pad(lengths.cumsum(0), (1, 0)).to(self.values.device, torch.int32)
+        return starts_of(lengths_of(self.groups), self.values.device)
 
     @classmethod
     def from_nested(cls, nested: Tensor) -> "PackedTokens":

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .attention import Attend
 from .noise import Noise, draw_kept
-from .packed import Groups
+from .packed import Groups, lengths_of
 
 
 @dataclass(frozen=True)
@@ -105,8 +105,7 @@ def _on(device: torch.device, scale: float | Tensor, rows: Tensor) -> float | Te
 
 def _queries(ask: Tensor, groups: Groups) -> Tensor:
     """How many of the rows `ask` lie in each sequence: int64 [S]."""
-    counts, lengths = (torch.tensor(column, device=ask.device) for column in zip(*groups, strict=True))
-    ends = lengths.repeat_interleave(counts).cumsum(0)
+    ends = lengths_of(groups).cumsum(0).to(ask.device)
     return torch.bincount(torch.searchsorted(ends, ask, right=True), minlength=len(ends))
 
 
