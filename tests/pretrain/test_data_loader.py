@@ -18,6 +18,8 @@ import pytest
 import torch
 from PIL import Image
 
+from imaging.decode import decode
+from pretrain.data import loader
 from pretrain.data.batch import Batch
 from pretrain.data.config import CropsConfig, MaskConfig, SizesConfig
 from pretrain.data.loader import batches
@@ -240,6 +242,30 @@ def test_sizes_change_from_step_to_step_but_not_from_rank_to_rank(pool):
             assert batch.gram_crops.shape == (16, 3, 48, 48)
     for one, two in zip(whole[5:], load(pool, start_step=5, num_steps=3, crops=crops), strict=True):
         assert_equal(one, two)  # a resumed run draws the same sizes
+
+
+def test_jpegs_are_decoded_as_large_as_the_crops_of_the_step_need(tmp_path, monkeypatch):
+    """A picture of 800 pixels is decoded at a fraction of its size, less so where the Gram teacher sees more."""
+    buffer = io.BytesIO()
+    Image.new("RGB", (800, 800), "green").save(buffer, "JPEG")
+    with tarfile.open(tmp_path / "t.tar", "w") as tar:
+        entry = tarfile.TarInfo("a.jpg")
+        entry.size = buffer.tell()
+        buffer.seek(0)
+        tar.addfile(entry, buffer)
+    widths = []
+
+    def watched(data, **settings):
+        image, header = decode(data, **settings)
+        widths.append(image.width)
+        return image, header
+
+    monkeypatch.setattr(loader, "decode", watched)
+    shards = ShardSet.open([str(tmp_path)])
+    mixed = (SizesConfig(32, 16), SizesConfig(32, 16, 128))
+    found = load(shards, batch_size=1, num_steps=6, crops=CropsConfig(32, 16, 1, mixed=mixed))
+    assert widths == [100 if batch.gram_crops is None else 400 for batch in found]  # at least 83 and 262 are needed
+    assert set(widths) == {100, 400}
 
 
 def test_no_steps_left(pool):

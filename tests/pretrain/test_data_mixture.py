@@ -3,6 +3,7 @@
 import io
 import tarfile
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -117,6 +118,23 @@ def test_any_number_of_ranks_and_workers_gives_the_same_batches(sets, world_size
         assert torch.cat([part.samples for part in each]).tolist() == batch.samples.tolist()
         views = [part.global_crops.unflatten(0, (2, -1)) for part in each]
         assert torch.equal(torch.cat(views, 1).flatten(0, 1), batch.global_crops)
+
+
+def test_crops_of_a_sample_depend_on_seed_epoch_and_sample_only(sets):
+    """Whatever the shares of its set and the size of the batch, the first crops of an image are the same."""
+
+    def first_crops(sets, batch_size):
+        found = {}
+        for batch in load(open_data(DataConfig(sets=tuple(sets))), batch_size=batch_size, num_steps=48 // batch_size):
+            views = batch.global_crops.unflatten(0, (2, batch_size))
+            for slot, sample in enumerate(batch.samples.tolist()):
+                found.setdefault(sample, views[:, slot])
+        return found
+
+    one, two = first_crops(sets, 4), first_crops([replace(sets[0], weight=1), *sets[1:]], 6)
+    both = one.keys() & two.keys()
+    assert len(both) > 18
+    assert all(torch.equal(one[sample], two[sample]) for sample in both)
 
 
 def test_a_resumed_run_seeks(sets):
