@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from imaging.decode import Rejected
 from pretrain.export import MEAN, STD
+from runtime.errors import UserError
 from runtime.progress import say
 
 from .data import Images, centre_crop, open_labelled
@@ -54,9 +55,15 @@ def hook(probe: Probe) -> Callable[[Any], dict[str, float]]:
     return lambda state: probe(state.ema.backbone)
 
 
-def knn_hooks(data: str, *, image_size: int) -> list[Callable[[Any], dict[str, float]]]:
-    """k-NN accuracy of the EMA teacher on the labelled folder `data`, as hooks; none where no folder is named."""
-    return [hook(knn_probe(data, image_size=image_size))] if data else []
+def knn_hooks(data: str, *, image_size: int, key: str = "monitor.knn") -> list[Callable[[Any], dict[str, float]]]:
+    """k-NN accuracy of the EMA teacher on the labelled folder `data`, as hooks; none where no folder is named.
+
+    Raises UserError, naming `key` of the config, when `data` is no such folder.
+    """
+    try:
+        return [hook(knn_probe(data, image_size=image_size))] if data else []
+    except UserError as error:
+        raise UserError(f"{key}: {str(error).removeprefix('evaluate: ')}") from error
 
 
 def _views(images: Images, size: int) -> tuple[Tensor, np.ndarray]:

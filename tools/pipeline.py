@@ -147,8 +147,9 @@ def run(config: RunConfig, *, stop: StopRequest | None = None) -> str:
         shards = out / "curate" / "shards"
         with timed(out, "pretrain"):
             training = stage_config(config, config.pretrain, out / "pretrain", shards)
-            labelled = training.monitor.knn or config.evaluate.data
-            probes = knn_hooks(labelled, image_size=training.crops.global_size)
+            own = training.monitor.knn
+            key = "pretrain.monitor.knn" if own else "evaluate.data"
+            probes = knn_hooks(own or config.evaluate.data, image_size=training.crops.global_size, key=key)
             teacher = pretrain(training, hooks=probes, stop=stop)
         students: dict[str, Path] = {}
         if config.distill.students:
@@ -157,7 +158,8 @@ def run(config: RunConfig, *, stop: StopRequest | None = None) -> str:
                     stage_config(config, config.distill, out / "distill", shards),
                     teacher=config.distill.teacher or str(teacher),
                 )
-                probes = knn_hooks(config.evaluate.data, image_size=distilling.crops.global_size)
+                size = distilling.crops.global_size
+                probes = knn_hooks(config.evaluate.data, image_size=size, key="evaluate.data")
                 students = distill(distilling, hooks=probes, stop=stop)
         models = {"pretrained": str(teacher)} | {f"distilled {name}": str(path) for name, path in students.items()}
         models |= {"random weights": f"random:{teacher}", "color thumbnail": "pixels"}

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from runtime.errors import EXIT_FAILED, EXIT_RESUMABLE, EXIT_USER, Stopped, UserError
+from runtime.errors import EXIT_FAILED, EXIT_RESUMABLE, EXIT_USER, Failed, Stopped, UserError
 from tools import cli, verbs
 
 ROOT = Path(__file__).parents[2]
@@ -146,6 +146,12 @@ def test_unforeseen_errors_are_one_line_and_debug_shows_where(monkeypatch, capsy
     assert capsys.readouterr().err == "troodon: failed with RuntimeError: first line\n  --debug shows where\n"
     cli.main(["doctor", "--debug"])
     assert "in function" in capsys.readouterr().err
+
+
+def test_a_failure_that_explains_itself_is_shown_whole(monkeypatch, capsys):
+    fake_verb(monkeypatch, Failed("step 3: loss is nan\n  try a lower optim.lr"))
+    assert cli.main(["doctor"]) == EXIT_FAILED
+    assert capsys.readouterr().err == "troodon: step 3: loss is nan\n  try a lower optim.lr\n"
 
 
 def test_a_full_disk_is_named(monkeypatch, capsys):

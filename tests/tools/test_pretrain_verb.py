@@ -59,7 +59,7 @@ def test_without_labels_there_is_the_rank(pretrain):
 def test_a_folder_that_is_not_there_is_the_users_error(pretrain, tmp_path):
     status, said, out = pretrain(f"monitor.knn={tmp_path / 'nowhere'}")
     assert status == EXIT_USER
-    assert "nowhere" in said
+    assert f"monitor.knn: no folder {tmp_path / 'nowhere'}" in said
     assert not out.exists()
 
 
