@@ -29,6 +29,7 @@ from .export import describe_data, export_learner, read_origin
 from .gram import check as check_gram
 from .gram import is_snapshot, snapshot_folder
 from .loop import choose_precision, training_steps
+from .model.attention import choose_backend
 from .optim import build_optimizer
 from .parallel.prepare import prepare
 from .public import start_from
@@ -66,6 +67,8 @@ def train(
                 return export
             opened = {stage.config.data: open_data(stage.config.data, index=out / "index") for stage in stages}
             fingerprint = "+".join(data.fingerprint for data in opened.values())
+            precision = choose_precision(config.train.precision, world.device)
+            attention = choose_backend(config.model.attention, device=world.device, dtype=precision)
             state = start(config, world)
             position = load_newest(state, out, world=world, data=fingerprint)
             if position is None and config.continue_from:
@@ -75,7 +78,7 @@ def train(
                 size = (config.checkpoint.keep + 1) * checkpoint_bytes(config)
                 require_space(out, size, what=f"{config.checkpoint.keep} checkpoints")
                 write_json(out / "environment.json", describe_environment() | {"device": str(world.device)})
-                say(f"{describe(config)}; {images_seen(stages, opened)}")
+                say(f"{describe(config)}, attention by {attention.name}; {images_seen(stages, opened)}")
         if teacher is not None:
             teacher = teacher.to(world.device)
         # Every stage reads from the start of its data: where a stream stands matters to the stage that it was left in.

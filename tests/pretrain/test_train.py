@@ -176,11 +176,15 @@ def test_other_data_is_refused_on_resume(tmp_path):
         ({"data": DataConfig()}, "data.shards"),
         ({"train": TrainConfig(steps=0)}, "train.steps: found 0"),
         ({"model": ModelConfig(arch="vit_nano", patch_size=7)}, "patch_size"),
+        (
+            {"model": ModelConfig(arch="vit_nano", patch_size=8, attention="varlen"), "device": "cpu"},
+            "varlen needs CUDA",
+        ),
         ({"device": "cuda"}, "device: cuda was asked for"),
     ],
 )
 def test_wrong_input_is_one_clear_line_and_leaves_no_folder(tmp_path, changes, message):
-    if "device" in changes and torch.cuda.is_available():
+    if changes.get("device") == "cuda" and torch.cuda.is_available():
         pytest.skip("this machine has the device")
     with pytest.raises(UserError, match=message):
         pretrain(config(tmp_path / "run", **changes))
