@@ -82,6 +82,41 @@ def test_a_position_of_an_older_version_is_read(tmp_path):
     assert load(state, checkpoints(tmp_path)[0], world=WORLD, data="abc").step == 3
 
 
+def test_files_are_on_the_disk_before_the_folder_gets_its_name(tmp_path, monkeypatch):
+    """Else a power loss leaves a folder of that name with empty files."""
+    order: list[str] = []
+    fsync, rename = os.fsync, Path.rename
+    link = Path("/proc/self/fd")
+    monkeypatch.setattr("os.fsync", lambda fd: (order.append(Path(os.readlink(link / str(fd))).name), fsync(fd)))
+    monkeypatch.setattr("pathlib.Path.rename", lambda a, b: (order.append(f"-> {Path(b).name}"), rename(a, b)))
+    save(build(step=3), tmp_path, keep=1, world=WORLD, data="abc")
+    named = order.index("-> step-00000003")
+    files = {path.name for path in checkpoints(tmp_path)[0].iterdir()}
+    assert files <= set(order[:named])
+    assert ".step-00000003.tmp" in order[:named]
+    assert order[named + 1] == "checkpoints"
+
+
+@pytest.mark.parametrize("moment", ["before", "after"])
+def test_a_kill_while_an_old_one_is_removed_leaves_no_part_of_it(tmp_path, monkeypatch, moment):
+    """shutil.rmtree of a folder under its own name would leave one that looks whole."""
+    save(build(step=1), tmp_path, keep=1, world=WORLD, data="abc")
+
+    def die(folder: Path, **_: object) -> None:
+        if not folder.exists():
+            return
+        if moment == "after":
+            os.unlink(folder / ".metadata")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(
+        "pretrain.checkpoint.shutil.rmtree", lambda path, **_: die(Path(path)) if path.exists() else None
+    )
+    with pytest.raises(KeyboardInterrupt):
+        save(build(step=2), tmp_path, keep=1, world=WORLD, data="abc")
+    assert names(tmp_path) == ["step-00000002"]
+
+
 def test_the_newest_stay_and_the_multiples_for_ever(tmp_path):
     state = build()
     with Writer(tmp_path, keep=2, keep_every=4, world=WORLD) as writer:
