@@ -9,12 +9,14 @@ The Gram teacher of DINOv3 (sec. 4.3) may see the global crops at a size of its 
 What happens to a view follows from its row of uniform random numbers, so drawing, cutting and coloring are apart:
 cutting is per image (torchvision on uint8), coloring is for many crops at once (color.py).
 
-C views of an image (2 + L, and 2 more for the Gram teacher), B images, n crops of one size, S pixels a side.
+C views of an image (2 + L, and 2 more for the Gram teacher), V of them of one size, B images, n crops, S pixels a side.
 """
 
 import functools
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import groupby
 
 import numpy as np
 import torch
@@ -62,6 +64,13 @@ def views(crops: CropsConfig) -> tuple[View, ...]:
     local = View(crops.local_size, crops.local_scale, crops.flip, blur[2], solarize=0.0)
     gram = [replace(view, size=crops.gram_size) for view in (first, second) if crops.gram_size]
     return first, second, *[local] * crops.num_local, *gram
+
+
+def kinds(crops: CropsConfig) -> list[tuple[range, int]]:
+    """Which of the views have one size, and that size: the global, the local and, if any, the Gram teacher's."""
+    end = 2 + crops.num_local
+    found = [(range(2), crops.global_size), (range(2, end), crops.local_size)]
+    return [*found, (range(end, end + 2), crops.gram_size)] if crops.gram_size else found
 
 
 def sizes_of_step(crops: CropsConfig, *, seed: int, step: int) -> CropsConfig:
@@ -114,6 +123,21 @@ def box(numbers: list[float], *, width: int, height: int, scale: tuple[float, fl
             return int(x * (width - w + 1)), int(y * (height - h + 1)), w, h
     w, h = min(width, round(height * ASPECT[1])), min(height, round(width / ASPECT[0]))
     return (width - w) // 2, (height - h) // 2, w, h
+
+
+def color_all(crops: Tensor, numbers: np.ndarray, views: Sequence[View]) -> Tensor:
+    """Crops of some views of one size (uint8 [V * B, 3, S, S], view by view), colored: float32, likewise.
+
+    `numbers` [B, V, COLOR_NUMBERS] decide over each crop. Views that are alike are colored together.
+    """
+    out = torch.empty(crops.shape, device=crops.device)
+    count, first = len(numbers), 0
+    for view, alike in groupby(views):
+        last = first + len(list(alike))
+        part = slice(first * count, last * count)
+        recolor(crops[part], numbers[:, first:last].swapaxes(0, 1).reshape(-1, COLOR_NUMBERS), view, out=out[part])
+        first = last
+    return out
 
 
 def recolor(crops: Tensor, numbers: np.ndarray, view: View, *, out: Tensor) -> None:

@@ -11,17 +11,16 @@ a side of a crop.
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import groupby
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from .augment import recolor, views
+from .augment import color_all, kinds, views
 from .batch import Batch, Tensors
 from .config import CropsConfig
 
-PIXELS_AT_ONCE = 2**23  # of images padded to one size; each takes 12 bytes here and some 30 in the products
+PIXELS_AT_ONCE = 2**22  # of images padded to one size; with the weights and products a pixel takes some 100 bytes
 CUBIC = -0.5  # Keys' cubic filter, as Pillow and torchvision take it for antialiasing
 
 
@@ -47,22 +46,14 @@ def finish(batch: Batch | RawBatch, device: torch.device) -> Batch:
         return batch
     recipe = views(batch.crops)
     with torch.no_grad(), torch.autocast(device.type, enabled=False):
-        by_size = cut_all(batch)
-        colored = [torch.empty(crops.shape[0] * crops.shape[1], *crops.shape[2:], device=device) for crops in by_size]
-        first = 0
-        for crops, out in zip(by_size, colored, strict=True):  # [V, B, 3, S, S]
-            done = 0
-            for view, alike in groupby(range(first, first + len(crops)), key=lambda i: recipe[i]):
-                kinds = list(alike)
-                chosen = crops[kinds[0] - first : kinds[-1] + 1 - first].flatten(0, 1)
-                numbers = np.concatenate([batch.colors[:, i] for i in kinds])
-                recolor(chosen, numbers, view, out=out[done : done + len(chosen)])
-                done += len(chosen)
-            first += len(crops)
+        made = [
+            color_all(cuts.flatten(0, 1), batch.colors[:, which], [recipe[i] for i in which])
+            for cuts, (which, _) in zip(cut_all(batch), kinds(batch.crops), strict=True)
+        ]
     return Batch(
-        global_crops=colored[0],
-        local_crops=colored[1],
-        gram_crops=colored[2] if batch.crops.gram_size else None,
+        global_crops=made[0],
+        local_crops=made[1],
+        gram_crops=made[2] if batch.crops.gram_size else None,
         masks=batch.masks,
         samples=batch.samples,
         skipped=batch.skipped,
@@ -72,17 +63,16 @@ def finish(batch: Batch | RawBatch, device: torch.device) -> Batch:
 
 def cut_all(batch: RawBatch) -> list[Tensor]:
     """The crops, uint8 [V, B, 3, S, S], of the global views, the local ones and, if any, the Gram teacher's."""
-    crops, count = batch.crops, len(batch.sizes)
-    kinds = [(2, crops.global_size), (crops.num_local, crops.local_size)]
-    kinds += [(2, crops.gram_size)] if crops.gram_size else []
-    results = [batch.pixels.new_empty(num, count, 3, size, size) for num, size in kinds]
+    count, groups = len(batch.sizes), kinds(batch.crops)
+    results = [batch.pixels.new_empty(len(which), count, 3, size, size) for which, size in groups]
     starts = np.cumsum([0, *(height * width for height, width in batch.sizes)])[:-1]
     for chosen in alike(batch.sizes):
         rows = torch.tensor(chosen).to(batch.pixels.device, non_blocking=True)
         images = padded(batch.pixels, [int(starts[i]) for i in chosen], [batch.sizes[i] for i in chosen])
-        boxes = batch.boxes[rows].split([num for num, _ in kinds], dim=1)
-        for part, (num, size), out in zip(boxes, kinds, results, strict=True):
-            if num:
+        boxes = batch.boxes[rows]  # [n, C, 4]
+        for (which, size), out in zip(groups, results, strict=True):
+            if which:
+                part = boxes[:, which.start : which.stop]
                 out[:, rows] = resized_crops(images, part, size).byte()
     return results
 

@@ -5,7 +5,6 @@ B images of a process, C views of an image, N patches of a global crop.
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from itertools import groupby
 
 import numpy as np
 import torch
@@ -13,7 +12,7 @@ from PIL import Image
 from torch import Tensor
 from torchvision.transforms.v2 import functional as F
 
-from .augment import BOX_NUMBERS, box, cut, draw, min_side, recolor, sizes_of_step, views
+from .augment import BOX_NUMBERS, box, color_all, cut, draw, kinds, min_side, sizes_of_step, views
 from .batch import Batch
 from .config import CropsConfig, MaskConfig
 from .device import RawBatch
@@ -69,26 +68,16 @@ class Recipe:
             numbers.append(drawn[:, BOX_NUMBERS:])
             samples.append(each.sample)
 
-        def colored(first: int, count: int, size: int) -> Tensor:
-            """The crops [count * B, 3, S, S] of some views, those alike in one go."""
-            out = torch.empty(count * len(samples), 3, size, size)
-            kinds, done = range(first, first + count), 0
-            for view, alike in groupby(kinds, key=lambda i: recipe[i]):
-                alike = list(alike)
-                part = out[done : done + len(alike) * len(samples)]
-                recolor(
-                    torch.stack([row[i] for i in alike for row in pixels]),
-                    np.stack([row[i] for i in alike for row in numbers]),
-                    view,
-                    out=part,
-                )
-                done += len(part)
-            return out
-
+        colors = np.stack(numbers)  # [B, C, COLOR_NUMBERS]
+        made = []
+        for which, size in kinds(crops):
+            cuts = [row[i] for i in which for row in pixels]
+            stacked = torch.stack(cuts) if cuts else torch.empty(0, 3, size, size, dtype=torch.uint8)
+            made.append(color_all(stacked, colors[:, which], [recipe[i] for i in which]))
         return Batch(
-            global_crops=colored(0, 2, crops.global_size),
-            local_crops=colored(2, crops.num_local, crops.local_size),
-            gram_crops=colored(2 + crops.num_local, 2, crops.gram_size) if crops.gram_size else None,
+            global_crops=made[0],
+            local_crops=made[1],
+            gram_crops=made[2] if crops.gram_size else None,
             masks=masks,
             samples=torch.tensor(samples),
             skipped=tuple(skipped),
