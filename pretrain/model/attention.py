@@ -15,6 +15,7 @@ from .kernels import Flex, Varlen, Xformers
 from .packed import Groups
 
 Backend = Literal["auto", "sdpa", "varlen", "xformers", "flex"]
+HALF_ONLY = ("varlen", "xformers")  # run on CUDA in bfloat16 or float16 alone
 
 
 class Attend(Protocol):
@@ -97,7 +98,7 @@ def choose_backend(name: Backend, *, device: torch.device | str, dtype: torch.dt
     half = dtype in (torch.bfloat16, torch.float16)
     if name == "auto":
         return Varlen if kind == "cuda" and half else Sdpa
-    if name in ("varlen", "xformers") and not (kind == "cuda" and half):
+    if name in HALF_ONLY and not (kind == "cuda" and half):
         raise UserError(
             f"model.attention: {name} needs CUDA and bfloat16 or float16; found {kind} and {str(dtype)[6:]}\n"
             f"  leave it at auto, which chooses by device and precision"

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .attention import Backend, choose_backend
+from .attention import HALF_ONLY, Attend, Backend, choose_backend
 from .blocks import Block
 from .noise import Noise, draw_stretch
 from .packed import Groups, PackedTokens, pack, unpack
@@ -126,10 +126,9 @@ class VisionTransformer(nn.Module):
         if wanted is not None:
             live, num_wanted = live_rows(tokens.groups, wanted, first_patch=1 + self.shape.num_registers)
         device = tokens.values.device
-        cast_to = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else None
         rows = block_rows(
             tokens.groups,
-            choose_backend(self.attention, device=device, dtype=cast_to or tokens.values.dtype),
+            self._backend(tokens.values),
             depth=self.shape.depth,
             device=device,
             drop=self.drop_path,
@@ -141,6 +140,17 @@ class VisionTransformer(nn.Module):
         for block, each in zip(self.blocks, rows, strict=True):
             x = block(x, each)
         return self._features(x, tokens.groups, num_wanted)
+
+    def _backend(self, x: Tensor) -> type[Attend]:
+        """How attention over tokens x is computed, by the type that products have now.
+
+        A run that asked for a backend of half precision (refused at its start where that cannot be) evaluates its
+        model in float32 now and then; those passes are left to `auto`.
+        """
+        autocast = torch.is_autocast_enabled(x.device.type)
+        dtype = torch.get_autocast_dtype(x.device.type) if autocast else x.dtype
+        name = "auto" if self.attention in HALF_ONLY and dtype == torch.float32 else self.attention
+        return choose_backend(name, device=x.device, dtype=dtype)
 
     def _features(self, x: Tensor, groups: Groups, num_wanted: Sequence[int] | None) -> list[Features]:
         """Features of what the last block gave: all tokens [T, D], or class tokens and then wanted patches [M, D]."""

@@ -156,3 +156,15 @@ def test_flex_says_that_it_does_not_train_on_a_cpu():
     q, k, v = inputs(None, requires_grad=True)
     with pytest.raises(UserError, match="no backward pass on a CPU"):
         Flex(GROUPS, None, CPU)(q, k, v)
+
+
+@pytest.mark.parametrize("name", ["varlen", "xformers"])
+def test_a_model_of_a_half_precision_backend_is_evaluated_in_float32(name):
+    """In-loop scores are taken in float32; the run itself was refused at its start if it cannot use the backend."""
+    torch.manual_seed(0)
+    model, images = VisionTransformer(SHAPE, layerscale=0.5).eval(), torch.randn(2, 3, 32, 32)
+    expected = model.forward_features(images).cls
+    model.attention = name
+    assert torch.equal(model.forward_features(images).cls, expected)
+    with torch.autocast("cpu", torch.bfloat16), pytest.raises(UserError, match=f"{name} needs CUDA"):
+        model.forward_features(images)
