@@ -14,6 +14,7 @@ from PIL import Image
 from pretrain.alarm import Alarm, NonFiniteLoss, check_finite, nonfinite
 from pretrain.config import (
     HeadsConfig,
+    LossConfig,
     ModelConfig,
     MonitorConfig,
     OptimConfig,
@@ -118,11 +119,16 @@ def shard_of(path: Path, image: bytes, extension: str) -> str:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("images", "signs"),
-    [("pool", set()), ("one image", {"uniform cls"}), ("blank", {"uniform cls"})],
+    ("images", "lr", "signs"),
+    [
+        ("pool", 3e-3, set()),
+        ("one image", 3e-3, {"uniform cls"}),
+        ("blank", 3e-3, {"uniform cls"}),
+        ("pool", 0.3, {"rank", "uniform cls", "uniform patches"}),
+    ],
 )
-def test_a_real_run(images, signs, tmp_path, capsys):
-    """Pictures raise no alarm; one picture 64 times, or an empty one, is told by its targets."""
+def test_a_real_run(images, lr, signs, tmp_path, capsys):
+    """Pictures raise no alarm; one picture 64 times, or an empty one, is told by its targets; a wild rate by all."""
     shards = "embedded:pool"
     if images == "one image":
         with tarfile.open(min(locate(shards).glob("*.tar"))) as tar:
@@ -141,7 +147,8 @@ def test_a_real_run(images, signs, tmp_path, capsys):
         crops=CropsConfig(global_size=32, local_size=16, num_local=2),
         heads=HeadsConfig(num_prototypes=64, hidden=64, bottleneck=32),
         teacher=TeacherConfig(momentum=0.9, warmup_temperature=0.04, temperature=0.04),
-        optim=OptimConfig(lr=3e-3, reference_batch=16, schedule="constant"),
+        optim=OptimConfig(lr=lr, reference_batch=16, schedule="constant"),
+        loss=LossConfig(koleo=0.0 if lr > 0.1 else 0.1),
         train=TrainConfig(steps=80, batch_size=16, precision="float32", log_every=5),
     )
     pretrain(config)
