@@ -137,8 +137,8 @@ def start(config: PretrainConfig, world: World) -> TrainState:
     )
     ema = copy.deepcopy(student).eval().requires_grad_(False)
     precision = choose_precision(train.precision, world.device)
+    prepare(student, ema, world=world, train=train, parallel=config.parallel, precision=precision)
     for learner in (student, ema):
-        prepare(learner, world=world, train=train, parallel=config.parallel, precision=precision)
         materialise(learner, device=world.device, seed=config.seed, init=config.model.init)
     state = TrainState(0, student, ema, build_optimizer(student, config.optim))
     if any(stage.config.loss.targets == "center" for stage in stages):

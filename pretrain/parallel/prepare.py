@@ -1,4 +1,4 @@
-"""How a module is made to run on this world, in the one order that works: recompute, compile, shard.
+"""How modules are made to run on this world, in the one order that works: recompute, compile, shard.
 
 Compilation must see what is recomputed, and sharding must wrap what is compiled: its hooks run outside of the graph.
 """
@@ -20,27 +20,27 @@ from .shard import shard, weights_mesh
 
 
 def prepare(
-    module: Learner | VisionTransformer,
-    *,
+    *modules: Learner | VisionTransformer,
     world: World,
     train: TrainConfig,
     parallel: ParallelConfig,
     precision: torch.dtype = torch.float32,
 ) -> None:
-    """Recompute (where it learns), compile and shard `module` in place, as the config asks.
+    """Recompute (where they learn), compile and shard `modules` in place, as the config asks.
 
     Parameter names do not change, so checkpoints fit whatever was asked. A single process has nothing to shard.
     """
-    backbone = module.backbone if isinstance(module, Learner) else module
-    learns = any(parameter.requires_grad for parameter in module.parameters())
-    for block in backbone.blocks:
-        if learns and train.recompute != "none":
-            recompute(block, selective=train.recompute == "selective")
-        if train.compile:
-            block.forward = torch.compile(block.forward)
     mesh = weights_mesh(world, parallel)
-    if mesh is not None:
-        shard(module, mesh, precision=precision, reshard=parallel.reshard)
+    for module in modules:
+        backbone = module.backbone if isinstance(module, Learner) else module
+        learns = any(parameter.requires_grad for parameter in module.parameters())
+        for block in backbone.blocks:
+            if learns and train.recompute != "none":
+                recompute(block, selective=train.recompute == "selective")
+            if train.compile:
+                block.forward = torch.compile(block.forward)
+        if mesh is not None:
+            shard(module, mesh, precision=precision, reshard=parallel.reshard)
 
 
 def recompute(block: nn.Module, *, selective: bool) -> None:

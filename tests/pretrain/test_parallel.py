@@ -63,6 +63,7 @@ CASES = {
     "tied, accumulated, recomputed": Case(tied=True, accumulate=2, train=TrainConfig(recompute="full")),
     "koleo alone": Case(loss=LossConfig(dino=0.0, ibot=0.0, koleo=1.0)),
     "bfloat16": Case(precision=torch.bfloat16),
+    "bfloat16, recomputed": Case(precision=torch.bfloat16, train=TrainConfig(recompute="selective"), accumulate=2),
 }
 
 
@@ -85,8 +86,7 @@ def make_state(case: Case, world: World) -> TrainState:
     heads = HeadsConfig(num_prototypes=32, hidden=32, bottleneck=16, tied=case.tied)
     student = build_learner(model, heads, image_size=32, seed=0).train()
     ema = copy.deepcopy(student).eval().requires_grad_(False)
-    for learner in (student, ema):
-        prepare(learner, world=world, train=case.train, parallel=case.parallel, precision=case.precision)
+    prepare(student, ema, world=world, train=case.train, parallel=case.parallel, precision=case.precision)
     groups = build_optimizer(student, OptimConfig()).param_groups
     kept = ("params", "lr_factor", "wd_factor", "last_layer", "backbone")
     return TrainState(0, student, ema, torch.optim.SGD([{k: g[k] for k in kept} for g in groups], lr=0.1))
@@ -123,6 +123,23 @@ def adamw_step(state: TrainState, world: World) -> None:
     train_step(state, Teachers(state.ema), batch, values, recipe, measure=False)
 
 
+def overflow(world: World) -> dict:
+    """A gradient that overflows in the last process's shard: whether weights moved, and the loss scale afterwards."""
+    state = make_state(Case(), world)
+    scaler = torch.amp.GradScaler("cpu", init_scale=64.0)
+    scaler.scale(torch.zeros(()))
+    for p in state.student.parameters():
+        p.grad = torch.ones_like(p)
+    gradient = dict(state.student.named_parameters())[QKV].grad
+    if world.rank == world.size - 1:
+        (gradient.to_local() if isinstance(gradient, DTensor) else gradient).fill_(torch.inf)
+    before = full_weights(state.student)
+    scaler.step(state.optimizer)
+    scaler.update()
+    after = full_weights(state.student)
+    return {"moved": any(not torch.equal(before[name], after[name]) for name in before), "scale": scaler.get_scale()}
+
+
 def save_state(state: TrainState, folder: Path, world: World) -> None:
     dcp_save(state.state_dict(), checkpoint_id=folder, no_dist=world.mesh is None)
 
@@ -148,6 +165,7 @@ def main(folder: Path) -> None:
         except UserError as error:
             found["error"] = str(error)
         found["copies"] = tuple(weights_mesh(world, ParallelConfig(shard_group=1)).shape)
+        found["overflow"] = overflow(world)
         state = make_state(Case(), world)
         found["shard"] = dict(state.student.named_parameters())[QKV].to_local().shape
         found["names"] = [name for name, _ in state.student.named_parameters()]
@@ -237,6 +255,10 @@ def test_a_checkpoint_of_one_process_loads_on_two_and_back(pair, alone):
         for each in (back, one)
     )  # the gradient of a bias on the keys is zero but for rounding, of which AdamW makes full steps
     assert_close(found, expected, 2e-5)
+
+
+def test_an_overflow_in_one_shard_skips_the_step_everywhere(pair):
+    assert [each["overflow"] for each in pair] == [{"moved": False, "scale": 32.0}] * 2
 
 
 def test_one_process_needs_no_mesh_and_syncs_nothing():
