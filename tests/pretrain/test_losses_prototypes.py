@@ -247,6 +247,17 @@ def test_sinkhorn_does_not_overflow(scale):
         assert torch.allclose(p[0], plain_sinkhorn(z @ w.T, 0.04, 3).float(), atol=1e-4)
 
 
+def test_large_logits_fit_float16():
+    """3000 / 0.04 does not: the temperature comes in after the product."""
+    z, w = torch.eye(4), 3e3 * torch.eye(4)
+    with torch.autocast("cpu", torch.float16):
+        shift = sinkhorn_shift(z, w, temperature=0.04)
+        targets = Targets(z[None], w, shift, 0.04)
+        loss = prototype_loss(z[None], w, targets, pairs=NO_PAIR_LEFT_OUT, weights=torch.ones(4)).loss
+    assert shift.isfinite().all()
+    assert loss == 0  # every row has a prototype to itself, and the student agrees
+
+
 def test_a_prototype_far_below_the_others_still_gets_its_share():
     """Its mass underflows unless the first column sum is taken in the log domain."""
     z, w = torch.eye(4), torch.eye(4)
