@@ -74,7 +74,7 @@ class Writer:
         self.pending: Future[None] | None = None
         if world.is_main:
             for leftover in (out / "checkpoints").glob(".step-*"):  # of a run that was killed
-                shutil.rmtree(leftover)
+                shutil.rmtree(leftover, ignore_errors=True)
 
     def save(self, state: TrainState, *, data: str, stage: str = "", reader: Any = None) -> None:
         """Write `checkpoints/step-.../`. `reader` is this process's `Batch.position`, of what JSON can hold."""
@@ -214,10 +214,13 @@ def load_newest(state: TrainState, out: Path, *, world: World, data: str) -> Pos
 
 
 def discard(folder: Path) -> None:
-    """Remove a checkpoint so that a kill in between leaves no part of it under its name."""
+    """Remove a checkpoint so that a kill in between leaves no part of it under its name.
+
+    What the file system holds on to goes at the next start: no reason to end a run whose newest checkpoint is written.
+    """
     doomed = folder.with_name(f".{folder.name}.old")
     folder.rename(doomed)
-    shutil.rmtree(doomed)
+    shutil.rmtree(doomed, ignore_errors=True)
 
 
 def of_main(function: Callable[[], T], world: World) -> T:
