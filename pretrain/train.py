@@ -65,7 +65,11 @@ def train(
             world.barrier()
             if (export / "card.json").is_file():
                 return export
+            if not world.is_main:
+                world.barrier()  # the main process scans tars without an index, the others find what it wrote
             opened = {stage.config.data: open_data(stage.config.data, index=out / "index") for stage in stages}
+            if world.is_main:
+                world.barrier()
             fingerprint = "+".join(data.fingerprint for data in opened.values())
             precision = choose_precision(config.train.precision, world.device)
             attention = choose_backend(config.model.attention, device=world.device, dtype=precision)
@@ -82,11 +86,13 @@ def train(
         if teacher is not None:
             teacher = teacher.to(world.device)
         # Every stage reads from the start of its data: where a stream stands matters to the stage that it was left in.
-        left = position if position and len(position.readers) == world.size else None
+        left = position if position and position.readers else None
         for stage in stages:
             data = opened[stage.config.data]
             if state.step < stage.end:
-                reader = left.readers[world.rank] if left and left.stage == stage.name else None
+                reader = None
+                if left and left.stage == stage.name:  # of another number of processes: the stream sees it by itself
+                    reader = left.readers[min(world.rank, len(left.readers) - 1)]
                 run_stage(
                     state, stage, stages, data, fingerprint=fingerprint, reader=reader, teacher=teacher, world=world,
                     hooks=hooks, stop=stop,
