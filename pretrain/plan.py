@@ -9,6 +9,7 @@ from runtime.world import choose_device
 from .config import PretrainConfig
 from .cost import checkpoint_bytes, flops_per_step, memory_per_rank, parameters, tokens_per_step
 from .loop import choose_precision, threads
+from .model.attention import choose_backend
 from .rate import peak_flops
 from .schedules import at_step, scaled_lr
 from .stages import Stage, resolve
@@ -72,6 +73,7 @@ def _table(stages: list[Stage], device: torch.device, precision: torch.dtype) ->
     if device.type == "cpu":
         torch.set_num_threads(threads(1))
     peak = peak_flops(device, precision)
+    attention = stages[0].config.model.attention
     share = UTILISATION.get((device.type, precision), OTHERWISE)
     operations = sum(stage.config.train.steps * flops_per_step(stage.config) for stage in stages)
     rows = [("processes", "images at a time", "memory each", "of which activations", "time")]
@@ -94,6 +96,7 @@ def _table(stages: list[Stage], device: torch.device, precision: torch.dtype) ->
         *("  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows),
         f"time: {_number(operations)}FLOP at {share:.0%} (assumed) of {_number(peak)}FLOP/s, {str(precision)[6:]} on "
         f"{name}; loading is not in it, activations are an estimate",
+        f"attention by {choose_backend(attention, device=device, dtype=precision).name}",
     ]
 
 
