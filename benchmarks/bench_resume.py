@@ -5,7 +5,7 @@ augmentation, loader processes) and accumulation, once without a break, and once
 as soon as the run has logged a randomly drawn step. Compares `metrics.jsonl` line by line, byte for byte, without the
 columns that the clock fills (`runtime.metrics.CLOCK`), and the bytes of the exported weights. CPU, one process.
 
-    python benchmarks/bench_resume.py [--kills 5] [--seed 0] [key=value ...]
+    python benchmarks/bench_resume.py [--kills 5] [--seed 0]
 
 Writes benchmarks/results/resume.json; exits 1 on any difference.
 """
@@ -21,6 +21,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 import yaml
 
@@ -45,39 +46,57 @@ CONFIG = {
 }  # fmt: skip
 
 
+# The second: targets with a state of their own, another precision, more workers, a second stage with a Gram teacher.
+VARIANTS = {
+    "plain": [],
+    "bfloat16, centring, two workers, Gram stage": [
+        "train.precision=bfloat16", "loss.targets=center", "workers=2", "gram.keep_at=0.2", f"train.steps={STEPS - 15}",
+        "stages=[{name: gram, steps: 15, set: {loss.gram: 1.0}}]",
+    ],
+}  # fmt: skip
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=5)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("overrides", nargs="*", metavar="key=value")
     args = parser.parse_args()
     draw = random.Random(args.seed)
+    result = {
+        "question": "does a training killed at random points go on as if nothing had happened?",
+        "config": CONFIG,
+        "left_out": sorted(CLOCK),
+        "runs": {name: compare(overrides, args.kills, draw) for name, overrides in VARIANTS.items()},
+        "environment": describe(),
+    }
+    write_json(Path(__file__).parent / "results" / "resume.json", result)
+    print(json.dumps(result["runs"], indent=1))
+    sys.exit(0 if all(run["equal"] for run in result["runs"].values()) else 1)
+
+
+def compare(overrides: list[str], num_kills: int, draw: random.Random) -> dict[str, Any]:
+    """One run without a break against one with kills."""
     with tempfile.TemporaryDirectory() as folder:
         whole, killed = Path(folder, "whole"), Path(folder, "killed")
-        run(whole, args.overrides)
+        run(whole, overrides)
         kills = [
-            kill_at(killed, step, delay=draw.random() * 0.3, overrides=args.overrides)
-            for step in sorted(draw.sample(range(1, STEPS), args.kills))
+            kill_at(killed, step, delay=draw.random() * 0.3, overrides=overrides)
+            for step in sorted(draw.sample(range(1, STEPS), num_kills))
         ]
-        run(killed, args.overrides)
+        run(killed, overrides)
         a, b = steady_lines(whole), steady_lines(killed)
-        export = f"exports/step-{STEPS:08d}/model.safetensors"
-        result = {
-            "question": "does a training killed at random points go on as if nothing had happened?",
-            "config": CONFIG,
-            "overrides": args.overrides,
-            "left_out": sorted(CLOCK),
-            "kills": kills,
-            "lines": len(a),
-            "bytes": sum(map(len, a)),
-            "different_lines": [i + 1 for i in range(max(len(a), len(b))) if a[i : i + 1] != b[i : i + 1]],
-            "equal_weights": sha256(whole / export) == sha256(killed / export),
-            "environment": describe(),
-        }
-    result["equal"] = bool(len(a) == STEPS and not result["different_lines"] and result["equal_weights"])
-    write_json(Path(__file__).parent / "results" / "resume.json", result)
-    print(json.dumps({key: result[key] for key in ("kills", "lines", "bytes", "different_lines", "equal")}, indent=1))
-    sys.exit(0 if result["equal"] else 1)
+        different = [i + 1 for i in range(max(len(a), len(b))) if a[i : i + 1] != b[i : i + 1]]
+        exports = {str(path.relative_to(whole)) for path in whole.rglob("model.safetensors")}
+        same = [name for name in sorted(exports) if sha256(whole / name) == sha256(killed / name)]
+    return {
+        "overrides": overrides,
+        "kills": kills,
+        "lines": len(a),
+        "bytes": sum(map(len, a)),
+        "different_lines": different,
+        "equal_exports": same,
+        "equal": len(a) == STEPS and not different and exports == set(same) != set(),
+    }
 
 
 def command(out: Path, overrides: list[str]) -> list[str]:
