@@ -42,7 +42,7 @@ class Made(NamedTuple):
 
     row: dict[str, float]  # of metrics; empty at steps that are neither logged nor checkpointed
     asked_to_stop: bool
-    reader: object  # where a stream of remote shards stands after it
+    reader: Sequence[int] | None  # where a stream of remote shards stands after it
 
 
 def training_steps(
@@ -52,7 +52,7 @@ def training_steps(
     data: Data,
     *,
     teacher: Learner | None,
-    reader: object,
+    reader: Sequence[int] | None,
     world: World,
     stop: StopRequest | None,
 ) -> Iterator[Made]:

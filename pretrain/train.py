@@ -170,7 +170,7 @@ def run_stage(
     data: Data,
     *,
     fingerprint: str,
-    reader: object,
+    reader: Sequence[int] | None,
     teacher: Learner | None,
     world: World,
     hooks: Sequence[Hook],
