@@ -151,6 +151,17 @@ def test_distillation_asks_for_every_patch_and_hides_none(state, batch):
     assert state.student.backbone.mask_token.grad.abs().sum() > 0
 
 
+@pytest.mark.parametrize("drop_path", [0.0, 0.5])
+@pytest.mark.parametrize("all_patches", [False, True])
+def test_all_crops_are_one_sequence_in_every_mode(batch, drop_path, all_patches):
+    """The v3 code packs only where stochastic depth is on, and so not in distillation (method inventory, sec. 2.5)."""
+    state, tokens = new_state(drop_path=drop_path), []
+    for block in state.student.backbone.blocks:
+        block.register_forward_pre_hook(lambda _, inputs: tokens.append(len(inputs[0])))
+    step(state, batch, all_patches=all_patches)
+    assert tokens == [8 * 17 + 8 * 5] * len(state.student.backbone.blocks)
+
+
 def test_a_frozen_teacher_stays_as_it_is(state, batch):
     teacher = copy.deepcopy(state.ema)
     before = copy.deepcopy(teacher.state_dict())
