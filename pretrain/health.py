@@ -96,7 +96,7 @@ def _local(parameter: Tensor) -> Tensor:
 
 def status_note(row: Mapping[str, float]) -> str:
     """A row of metrics as the status line shows it; what is not in the row is left out."""
-    terms = " ".join(f"{name} {row[name]:.3g}" for name in ("dino", "ibot", "koleo", "gram") if name in row)
+    terms = " ".join(f"{name} {row[name]:.3g}" for name in ("dino", "ibot", "koleo", "gram") if row.get(name))
     parts = [f"loss {row['loss']:.3f} ({terms})" if terms else f"loss {row['loss']:.3f}"]
     for name, shown in (
         ("knn", lambda x: f"kNN {100 * x:.1f}"),

@@ -92,7 +92,7 @@ def training_steps(
     anchor, alarm, clock = GramAnchor(world.device), Alarm(config), Clock()
     size, tokens, flops = config.train.batch_size, tokens_per_step(config), flops_per_step(config)
     peak = world.size * peak_flops(world.device, recipe.precision)
-    with Progress("step", total=total, unit="steps", done=state.step) as progress:
+    with Progress("step", total=total, unit="steps", done=state.step, quiet=not world.is_main) as progress:
         note = ""
         for raw in clock.waiting(loader):
             step = state.step - stage.start
@@ -124,8 +124,7 @@ def training_steps(
                     row |= {"stage": stage.index, "gram_weight": teachers.gram_weight}
                 alarm.check(state.step, row, quiet=not world.is_main)
                 note = status_note(row)
-            if world.is_main:
-                progress.advance(1, note)
+            progress.advance(1, note)
             yield Made(row, asked, batch.position)
 
 

@@ -14,13 +14,24 @@ class Progress:
     """`with Progress("decode", total=600, unit="images") as progress: progress.advance(1)`."""
 
     def __init__(
-        self, name: str, *, total: int, unit: str, done: int = 0, every: float = 10.0, stream: TextIO | None = None
+        self,
+        name: str,
+        *,
+        total: int,
+        unit: str,
+        done: int = 0,
+        every: float = 10.0,
+        stream: TextIO | None = None,
+        quiet: bool = False,
     ):
-        """`done` of `total` were finished by an earlier run; `every` is the seconds between plain lines."""
+        """`done` of `total` were finished by an earlier run; `every` is the seconds between plain lines.
+
+        `quiet`: says nothing, for all but one of several processes that do the same.
+        """
         self.name, self.total, self.unit = name, total, unit
         self.done = self.first = done
-        self.stream = stream or sys.stderr
-        self.live = self.stream.isatty()
+        self.stream, self.quiet = stream or sys.stderr, quiet
+        self.live = self.stream.isatty() and not quiet
         self.every = 0.2 if self.live else every
         self.start = self.shown = time.monotonic()
 
@@ -50,6 +61,8 @@ class Progress:
             self.stream.write("\n")
 
     def _show(self, text: str, last: bool = False) -> None:
+        if self.quiet:
+            return
         if self.live:
             self.stream.write(f"\r\x1b[K{text}" + ("\n" if last else ""))
         else:

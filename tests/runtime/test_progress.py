@@ -88,3 +88,10 @@ def test_talk_goes_to_stderr(capsys):
 )
 def test_clock(seconds, text):
     assert clock(seconds) == text
+
+
+def test_a_quiet_one_says_nothing():
+    stream = io.StringIO()
+    with Progress("step", total=3, unit="steps", every=0.0, stream=stream, quiet=True) as progress:
+        progress.advance(1)
+    assert stream.getvalue() == ""
