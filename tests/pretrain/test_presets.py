@@ -55,7 +55,7 @@ def test_a_preset_is_planned(name):
 
 def test_a_frozen_backbone_needs_weights():
     """The preset `continue` as it is would train heads on noise."""
-    with pytest.raises(UserError, match="optim.freeze_backbone: found 0.1 of a backbone that knows nothing"):
+    with pytest.raises(UserError, match=r"optim\.freeze_backbone: found 0.1 of a backbone that knows nothing"):
         plan(preset("continue"))
 
 
