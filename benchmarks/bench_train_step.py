@@ -3,8 +3,7 @@
 ViT-S/16, 2 crops of 224 and 8 of 96 pixels, K prototypes in each of two heads, masks of 10 to 50 % on half of the
 global crops, AdamW, clipping per module, EMA. Ours is `pretrain.step.train_step`. The plain form (plain_step.py) has
 the same losses: a forward pass for each crop size, fused attention everywhere, every token through the last block,
-whole logits, Sinkhorn on a matrix, foreach AdamW. Equal losses and gradient norms are asserted before anything is
-timed.
+whole logits, Sinkhorn on a matrix, foreach AdamW. Equal losses and gradient norms are asserted before timing.
 
 Steps run interleaved in one process, in an order that rotates from round to round; medians over rounds, of CPU seconds
 and of wall time. CPU seconds are the ones to compare when other work shares the machine. Memory is the peak of a fresh
