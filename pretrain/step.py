@@ -216,13 +216,12 @@ def whole_batch_koleo(student: Learner, parts: Sequence[Part], recipe: Recipe) -
     One more pass over the global crops, without a graph (Gao et al. 2021, "Scaling deep contrastive learning batch
     size", sec. 3.2): the nearest row of an image may lie in another part.
     """
-    with torch.no_grad():
-        cls = [
-            student.backbone([part.batch.global_crops], [hidden(part, recipe)], wanted=[None], noise=part.noise)[
-                0
-            ].cls.unflatten(0, (2, -1))
-            for part in parts
-        ]
+    cls = []
+    for part in parts:
+        with torch.no_grad():
+            crops, masks = [part.batch.global_crops], [hidden(part, recipe)]
+            (features,) = student.backbone(crops, masks, wanted=[None], noise=part.noise)
+        cls.append(features.cls.unflatten(0, (2, -1)))
     rows = torch.cat(cls, dim=1).float().requires_grad_()
     value = koleo(rows[0], recipe) + koleo(rows[1], recipe)
     (gradient,) = torch.autograd.grad(value, rows)
