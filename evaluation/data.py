@@ -187,7 +187,7 @@ def _classes(data: str, folder: Path) -> tuple[Files, np.ndarray, tuple[str, ...
             f"(or {', '.join(IMAGE_EXTENSIONS[1:6])} ...)"
         )
     if len(classes) == 1:
-        raise UserError(f"evaluate.data: {data} has one class, {classes[0]}; a k-NN accuracy needs two or more")
+        raise UserError(f"evaluate.data: {data} has one class, {classes[0]}; an accuracy needs two or more")
     return Files(folder, paths), np.array([classes.index(name) for name in names]), classes
 
 

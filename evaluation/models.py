@@ -37,6 +37,9 @@ class Extractor:
     hash: str  # of everything that decides the features
     device: torch.device
     encode: Callable[[Tensor], tuple[Tensor, Tensor | None]]  # -> global [B, D], patches [B, N, D] row by row
+    # images, n -> class tokens [B, D] of the last n blocks (or all there are) after the last norm, oldest first, and
+    # the patches of the last; None: a model without
+    layers: Callable[[Tensor, int], tuple[list[Tensor], Tensor]] | None = None
 
     def __call__(self, images: Tensor) -> Tensor:
         """One vector per image, [B, D] float32 on the CPU: CLS after the last norm, or the model's own pooling."""
@@ -88,10 +91,21 @@ def _ours(spec: str, backbone: nn.Module, card: dict[str, Any], device: torch.de
         features = backbone.forward_features(images)  # pyright: ignore[reportCallIssue]
         return features.cls, features.patches
 
+    def layers(images: Tensor, num: int) -> tuple[list[Tensor], Tensor]:
+        outputs: list[Tensor] = []  # [T, D] of each block
+        blocks: Any = backbone.blocks
+        hooks = [block.register_forward_hook(lambda _, __, tokens: outputs.append(tokens)) for block in blocks[-num:]]
+        try:
+            _, patches = encode(images)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        norm: Any = backbone.norm
+        return [norm(tokens.unflatten(0, (len(images), -1))[:, 0]) for tokens in outputs], patches
+
     mean, std = tuple(card["mean"]), tuple(card["std"])
-    return Extractor(
-        spec, size, COVERAGE, mean, std, digest(weights_hash(backbone), card["model"], size, mean, std), device, encode
-    )
+    hashed = digest(weights_hash(backbone), card["model"], size, mean, std)
+    return Extractor(spec, size, COVERAGE, mean, std, hashed, device, encode, layers)
 
 
 def _pixels(size: int, device: torch.device) -> Extractor:
@@ -141,10 +155,21 @@ def _timm(spec: str, rest: str, device: torch.device, size: int | None) -> Extra
         pooled = model.forward_head(tokens, pre_logits=True)
         return pooled, tokens[:, model.num_prefix_tokens :] if hasattr(model, "num_prefix_tokens") else None
 
+    def layers(images: Tensor, num: int) -> tuple[list[Tensor], Tensor]:
+        found = model.forward_intermediates(
+            images,
+            indices=min(num, len(model.blocks)),
+            return_prefix_tokens=True,
+            norm=True,
+            output_fmt="NLC",
+            intermediates_only=True,
+        )
+        return [prefix[:, 0] for _, prefix in found], found[-1][0]
+
     mean, std = tuple(settings["mean"]), tuple(settings["std"])
-    return Extractor(
-        spec, size, COVERAGE, mean, std, digest(weights_hash(model), name, size, mean, std), device, encode
-    )
+    hashed = digest(weights_hash(model), name, size, mean, std)
+    has_class_tokens = getattr(model, "cls_token", None) is not None and hasattr(model, "forward_intermediates")
+    return Extractor(spec, size, COVERAGE, mean, std, hashed, device, encode, layers if has_class_tokens else None)
 
 
 def _fill(model: Any, weights: dict[str, Tensor]) -> None:

@@ -76,8 +76,8 @@ def evaluate_knn(
     task = open_labelled(data)
     halves = [task.train] if task.test is None else [task.train, task.test]
     rows = []
-    for label, model in _extractors(models, config, device, seed):
-        cache = _cache(out)
+    for label, model in extractors(models, device, size=config.image_size, seed=seed):
+        cache = cache_of(out)
         found = [extract(model, half, cache=cache, batch_size=config.batch_size, workers=workers) for half in halves]
         train, judged = found[0], found[-1]
         correct = knn_correct(
@@ -99,7 +99,7 @@ def evaluate_knn(
             "temperature": config.temperature,
             "knn": [_accuracy(k, hits, seed) for k, hits in correct.items()],
         }
-        rows.append(_row(label, model, data, task.fingerprint) | result)
+        rows.append(row_of(label, model, data, task.fingerprint) | result)
     if out is not None:
         write_json(out, rows)
     return rows
@@ -122,12 +122,12 @@ def evaluate_labelfree(
     config = config or EvaluateConfig()
     drawn = draw(open_images(images), config.limit, seed)
     rows = []
-    for label, model in _extractors(models, config, device, seed):
-        found = extract(model, drawn, cache=_cache(out), batch_size=config.batch_size, workers=workers)
+    for label, model in extractors(models, device, size=config.image_size, seed=seed):
+        found = extract(model, drawn, cache=cache_of(out), batch_size=config.batch_size, workers=workers)
         if len(found.rows) < LEAST_IMAGES:
             raise UserError(f"images: {len(found.rows)} in {images}; label-free scores need {LEAST_IMAGES} or more")
         rows.append(
-            _row(label, model, images, drawn.fingerprint)
+            row_of(label, model, images, drawn.fingerprint)
             | {"dim": found.values.shape[1], "num_images": len(found.rows), "skipped": len(found.skipped)}
             | scores(torch.from_numpy(found.values))
         )
@@ -136,11 +136,11 @@ def evaluate_labelfree(
     return rows
 
 
-def _extractors(models: Models, config: EvaluateConfig, device: str, seed: int) -> Iterator[tuple[str, Extractor]]:
+def extractors(models: Models, device: str, *, size: int | None, seed: int) -> Iterator[tuple[str, Extractor]]:
     """Each model with its name, one in memory at a time."""
     chosen = choose_device(device)
     for label, spec in _named(models).items():
-        yield label, load_model(spec, device=chosen, size=config.image_size, seed=seed)
+        yield label, load_model(spec, device=chosen, size=size, seed=seed)
 
 
 def _named(models: Models) -> Mapping[str, str]:
@@ -148,7 +148,8 @@ def _named(models: Models) -> Mapping[str, str]:
     return models if isinstance(models, Mapping) else {spec: spec for spec in models}
 
 
-def _row(label: str, model: Extractor, data: str, data_hash: str) -> Row:
+def row_of(label: str, model: Extractor, data: str, data_hash: str) -> Row:
+    """What every row says: the model and the data with their hashes, and the versions."""
     return {
         "model": label,
         "spec": model.name,
@@ -165,5 +166,6 @@ def _accuracy(k: int, correct: np.ndarray, seed: int) -> dict[str, float]:
     return {"k": k, "accuracy": float(correct.mean()), "low": low, "high": high}
 
 
-def _cache(out: Path | None) -> Path | None:
+def cache_of(out: Path | None) -> Path | None:
+    """Where features are kept, beside the results `out`."""
     return out.parent / "features" if out is not None else None

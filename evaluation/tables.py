@@ -32,6 +32,27 @@ def labelfree_table(rows: Sequence[Row]) -> str:
     return "\n".join([head, *_aligned(cells)])
 
 
+def accuracy_table(rows: Sequence[Row], protocol: str, chosen: Sequence[str]) -> str:
+    """The rows of a protocol in percent with their intervals, and what it chose for each model.
+
+    protocol: key of a row, "linear" for one; chosen: keys below it.
+    """
+    first = rows[0]
+    judged = "leave-one-out" if first["leave_one_out"] else f"{first['num_test']} test"
+    head = (
+        f"{protocol} on {first['data']}: {first['num_train']} train images, {judged}, {first['num_classes']} classes, "
+        "in % [95 % interval]"
+    )
+    cells = [["model", "px", "dim", protocol, *chosen]]
+    for row in rows:
+        found = row[protocol]
+        score = next(found[name] for name in ("accuracy", "map") if name in found)
+        shown = f"{100 * score:.1f} [{100 * found['low']:.1f}, {100 * found['high']:.1f}]"
+        settings = [f"{found[name]:.4g}" if isinstance(found[name], float) else str(found[name]) for name in chosen]
+        cells.append([row["model"], str(row["image_size"]), str(row["dim"]), shown, *settings])
+    return "\n".join([head, *_aligned(cells)])
+
+
 def _aligned(cells: Sequence[Sequence[str]]) -> list[str]:
     """Rows of a table, first column to the left, the others to the right."""
     widths = [max(len(row[i]) for row in cells) for i in range(len(cells[0]))]
