@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from runtime.errors import EXIT_DONE, UserError
 
+from .evaluate_verbs import add_evaluate
 from .explain_verb import add_explain
 from .index_verbs import add_index
 from .shard_verbs import add_shards
@@ -85,7 +86,7 @@ def add_verbs(verbs: Any) -> None:
     )
     takes_config(verb)
 
-    add_evaluate(verbs)
+    add_evaluate(verbs, add)
 
     verb = add(
         verbs,
@@ -154,35 +155,6 @@ def add_verbs(verbs: Any) -> None:
 
     verb = add(verbs, "doctor", doctor, "say what this machine and installation offer", "troodon doctor --json")
     verb.add_argument("--json", action="store_true", help="one JSON object instead of text")
-
-
-def add_evaluate(verbs: Any) -> None:
-    group = add(verbs, "evaluate", None, "measure models", "troodon evaluate knn --help")
-    kinds = group.add_subparsers(dest="kind", metavar="KIND", required=True)
-    models = "export folder, random:FOLDER (same shape, fresh weights), pixels (colour thumbnail) or timm:NAME"
-    knn = add(
-        kinds,
-        "knn",
-        evaluate_knn,
-        "k-NN accuracy on a labelled folder, with its interval",
-        "troodon evaluate knn runs/mine/pretrain/exports/step-00000300 pixels --data /my/labelled --json knn.json",
-        needs_torch=True,
-    )
-    free = add(
-        kinds,
-        "labelfree",
-        evaluate_labelfree,
-        "scores that need no labels: rank, spectrum and uniformity of the features",
-        "troodon evaluate labelfree runs/mine/pretrain/exports/step-00000300 --data /my/images --json scores.json",
-        needs_torch=True,
-    )
-    for verb, data in ((knn, "DIR/{train,test}/CLASS/* or DIR/CLASS/* (leave-one-out)"), (free, "images or shards")):
-        verb.add_argument("models", nargs="+", metavar="MODEL", help=models)
-        verb.add_argument("--data", required=True, metavar="DIR", help=data)
-        verb.add_argument("--json", metavar="OUT", help="also write the rows here, and keep the features beside it")
-        verb.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
-        verb.add_argument("--workers", type=int, default=2, help="processes that decode (2)")
-        verb.add_argument("--seed", type=int, default=0, help="of the interval, of what is drawn, of fresh weights (0)")
 
 
 def add(
@@ -380,30 +352,6 @@ def import_weights(args: argparse.Namespace, _: StopRequest) -> int:
     layout = {"dinov2": "facebookresearch", "timm": "timm", "hf": "huggingface"}[args.layout]
     print(import_public(args.source, Path(args.out), layout=layout))
     return EXIT_DONE
-
-
-def evaluate_knn(args: argparse.Namespace, _: StopRequest) -> int:
-    from evaluation.run import evaluate_knn
-    from evaluation.tables import knn_table
-
-    print(knn_table(evaluate_knn(args.models, args.data, _json_path(args), **_settings(args))))
-    return EXIT_DONE
-
-
-def evaluate_labelfree(args: argparse.Namespace, _: StopRequest) -> int:
-    from evaluation.run import evaluate_labelfree
-    from evaluation.tables import labelfree_table
-
-    print(labelfree_table(evaluate_labelfree(args.models, args.data, _json_path(args), **_settings(args))))
-    return EXIT_DONE
-
-
-def _json_path(args: argparse.Namespace) -> Path | None:
-    return Path(args.json) if args.json else None
-
-
-def _settings(args: argparse.Namespace) -> dict[str, Any]:
-    return {"device": args.device, "workers": args.workers, "seed": args.seed}
 
 
 def report(args: argparse.Namespace, _: StopRequest) -> int:
