@@ -77,7 +77,7 @@ def judge_linear(model: Extractor, task: LabelledImages, how: Reading, *, steps:
         **halves.facts,
         "steps": steps,
         "linear": {"accuracy": float(correct.mean()), "low": low, "high": high, **chosen},
-        "held_out": found,
+        "held_out": [entry | {"loss": entry["loss"] if math.isfinite(entry["loss"]) else None} for entry in found],
     }
 
 

@@ -14,7 +14,7 @@ from typing import Any
 from .errors import UserError
 
 PACKAGES = ("torch", "torchvision", "timm", "faiss-cpu", "faiss-gpu-cuvs", "webdataset", "pyarrow", "numpy", "pillow",
-            "submitit", "xformers")  # fmt: skip
+            "submitit", "scikit-learn", "xformers")  # fmt: skip
 
 
 def check_python(version: tuple[int, ...] = sys.version_info[:3]) -> None:

@@ -40,6 +40,8 @@ def add_evaluate(verbs: Any, add: Callable[..., argparse.ArgumentParser]) -> Non
     kind("knn", knn, "k-NN accuracy on a labelled folder, with its interval")
     verb = kind("linear", linear, "accuracy of the best of a grid of linear classifiers", data=HALVES)
     verb.add_argument("--steps", type=int, default=12_500, help="of SGD, for all classifiers together (12500)")
+    kind("logreg", logreg, "accuracy of a logistic regression (scikit-learn)", data=HALVES)
+    kind("retrieval", retrieval, "mean average precision: test images search the train images for their class")
     kind(
         "labelfree",
         labelfree,
@@ -61,6 +63,18 @@ def linear(args: argparse.Namespace, _: StopRequest) -> int:
     from evaluation.linear import judge_linear
 
     return _judged(args, partial(judge_linear, steps=args.steps), ("blocks", "patches", "rate"))
+
+
+def logreg(args: argparse.Namespace, _: StopRequest) -> int:
+    from evaluation.logreg import judge_logreg
+
+    return _judged(args, judge_logreg, ("c", "converged"))
+
+
+def retrieval(args: argparse.Namespace, _: StopRequest) -> int:
+    from evaluation.retrieval import judge_retrieval
+
+    return _judged(args, judge_retrieval, ())
 
 
 def labelfree(args: argparse.Namespace, _: StopRequest) -> int:

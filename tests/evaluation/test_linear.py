@@ -160,3 +160,12 @@ def test_folders_that_cannot_be_judged(colours: Path):
     with pytest.raises(UserError, match=r"class red of .* has 0 train images that decode; expected 1") as caught:
         evaluate_labelled(["pixels"], str(colours), None, judge)
     assert "red/0.png" in str(caught.value)
+
+
+def test_a_diverged_head_is_not_chosen_and_stays_json(monkeypatch, colours: Path, tmp_path: Path):
+    monkeypatch.setattr(linear, "RATES", (1e30, 0.1))
+    out = tmp_path / "linear.json"
+    evaluate_labelled(["pixels"], str(colours), out, partial(judge_linear, steps=5))
+    (row,) = json.loads(out.read_text(), parse_constant=lambda word: pytest.fail(f"{word} is not JSON"))
+    assert row["held_out"][0]["loss"] is None
+    assert row["linear"]["rate"] == 0.1
