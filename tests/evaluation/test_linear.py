@@ -14,6 +14,7 @@ from evaluation.models import load_model
 from evaluation.tables import accuracy_table
 from pretrain.export import load_backbone
 from runtime.errors import UserError
+from tools import cli
 
 PARTS = (Part(1, False, 9, 12), Part(1, True, 9, 15), Part(4, False, 0, 12), Part(4, True, 0, 15))
 
@@ -163,9 +164,17 @@ def test_folders_that_cannot_be_judged(colours: Path):
 
 
 def test_a_diverged_head_is_not_chosen_and_stays_json(monkeypatch, colours: Path, tmp_path: Path):
-    monkeypatch.setattr(linear, "RATES", (1e30, 0.1))
+    monkeypatch.setattr(linear, "RATES", (3e38, 0.1))  # the first overflows
     out = tmp_path / "linear.json"
     evaluate_labelled(["pixels"], str(colours), out, partial(judge_linear, steps=5))
     (row,) = json.loads(out.read_text(), parse_constant=lambda word: pytest.fail(f"{word} is not JSON"))
     assert row["held_out"][0]["loss"] is None
     assert row["linear"]["rate"] == 0.1
+
+
+@pytest.mark.parametrize("kind", [["linear", "--steps", "3"], ["logreg"], ["retrieval"]])
+def test_the_verbs_print_their_tables(kind: list[str], colours: Path, capsys: pytest.CaptureFixture):
+    assert cli.main(["evaluate", *kind, "pixels", "--data", str(colours), "--device", "cpu"]) == 0
+    said = capsys.readouterr().out
+    assert said.startswith(f"{kind[0]} on {colours}: 8 train images, 6 test, 2 classes")
+    assert "100.0 [100.0, 100.0]" in said
