@@ -20,15 +20,21 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 from runtime.config import build, to_dict
 from runtime.environment import describe as describe_environment
 from runtime.errors import UserError
-from runtime.files import locate, read_json, replacing, sha256, write_json
+from runtime.files import locate, read_json, replacing, sha256, write_json, write_text
 
 from .build import Learner, build_heads, materialise
 from .checkpoint import checkpoints, step_name
 from .config import DataConfig, HeadsConfig, PretrainConfig
 from .data.augment import MEAN, STD
 from .model.vit import Shape, VisionTransformer
+from .model_card import model_card
 
 FORMAT = 1
+USAGE = """\
+from pretrain.export import load_backbone
+
+model, card = load_backbone("FOLDER")
+features = model.forward_features(images)  # cls, registers, patches"""
 Kind = Literal["backbone", "teacher"]
 
 
@@ -108,6 +114,7 @@ def write_export(folder: Path, weights: dict[str, Tensor], card: dict[str, Any])
         contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}
         safetensors.torch.save_file(contiguous, temporary / "model.safetensors", metadata={"format": "pt"})
         write_json(temporary / "card.json", card)
+        write_text(temporary / "README.md", model_card(card, library="troodon", usage=USAGE))
 
 
 def read_export(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -165,10 +172,7 @@ def shape_of(card: dict[str, Any]) -> Shape:
 
 def convert(source: Path, out: Path, kind: Kind) -> Path:
     """Export of a run folder, one of its checkpoints, or another export, as `kind`. Raises UserError."""
-    if (source / "card.json").is_file():
-        weights, card = read_export(source)
-    else:
-        weights, card = _from_checkpoint(source)
+    weights, card = read_source(source)
     if kind == "teacher" and card["kind"] != "teacher":
         raise UserError(f"export: {source} has no heads; only --format backbone is possible")
     if out.exists():
@@ -178,6 +182,11 @@ def convert(source: Path, out: Path, kind: Kind) -> Path:
         card = {name: value for name, value in card.items() if name != "heads"} | {"kind": "backbone"}
     write_export(out, weights, card)
     return out
+
+
+def read_source(source: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Weights and card of an export folder, or of a run folder or one of its checkpoints. Raises UserError."""
+    return read_export(source) if (source / "card.json").is_file() else _from_checkpoint(source)
 
 
 def _from_checkpoint(source: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:

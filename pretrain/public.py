@@ -19,29 +19,20 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 
 from runtime.errors import UserError
-from runtime.files import sha256, write_json
+from runtime.files import read_json, sha256, write_json
 
 from .build import ARCHS, Learner, backbone_shape
 from .config import ModelConfig, PretrainConfig
 from .export import export_backbone, read_export, shape_of
+from .layouts import our_names
 from .model.vit import Shape, VisionTransformer
 
 HEAD_WIDTH = 64  # of every DINOv2; only Hugging Face's layout says it
 WRAPPERS = ("teacher", "model", "state_dict")  # keys under which a .pth may keep its weights
 PREFIXES = ("module.", "backbone.", "dinov2.", "dinov2_with_registers.")
 HUGGING_FACE_MODELS = ("dinov2", "dinov2_with_registers")
-HUGGING_FACE_NAMES = {  # piece of a name: ours
-    "embeddings.patch_embeddings.projection.": "patch_embed.proj.",
-    "embeddings.position_embeddings": "pos_embed",
-    "embeddings.": "",
-    "encoder.layer.": "blocks.",
-    "attention.output.dense.": "attn.proj.",
-    "layer_scale1.lambda1": "ls1.gamma",
-    "layer_scale2.lambda1": "ls2.gamma",
-    "mlp.weights_in.": "mlp.w12.",
-    "mlp.weights_out.": "mlp.w3.",
-    "layernorm.": "norm.",
-}
+CARD = "troodon.json"  # the card of an export, in a folder that `pretrain.formats` wrote
+EXTRA = "extra.safetensors"  # beside it, by our names: tensors that the layout has no place for
 
 
 class Public(NamedTuple):
@@ -56,8 +47,8 @@ def load_public(source: str) -> Public:
     """The backbone at `source`. Raises UserError where there is none, or one that is not DINOv2's.
 
     A file (.pth, .pt, .bin, .safetensors) in the names of facebookresearch or timm, bare or under `teacher` or
-    `model`; a folder of Hugging Face's or timm's (config.json, model.safetensors); an export folder; or `timm:NAME`,
-    which timm downloads.
+    `model`; a folder of Hugging Face's or timm's (config.json, model.safetensors); an export folder in our own or
+    another's layout (`pretrain.formats`), which comes back to the last bit; or `timm:NAME`, which timm downloads.
     """
     if source.startswith("timm:"):
         return _understand(source, _download(source.removeprefix("timm:")), origin={})
@@ -68,10 +59,18 @@ def load_public(source: str) -> Public:
         origin = {"source": source, "layout": "troodon", "license": card.get("license", "")}
         return Public(shape_of(card), weights, origin | {"sha256": sha256(path / "model.safetensors")})
     settings: dict[str, Any] = {}
-    if (path / "config.json").is_file():
+    exported = read_json(path / CARD) if (path / CARD).is_file() else None
+    extra = _read(path / EXTRA) if (path / EXTRA).is_file() else {}
+    if (path / "model.onnx").is_file():
+        raise UserError(
+            f"weights: {path} is an ONNX graph, which is for running only\n  give the export it was made of"
+        )
+    if (path / "hubconf.py").is_file():
+        path = path / "backbone.pth"
+    elif (path / "config.json").is_file():
         settings = json.loads((path / "config.json").read_text())
         kind = settings.get("model_type", HUGGING_FACE_MODELS[0])  # timm's folders have none
-        if kind not in HUGGING_FACE_MODELS:
+        if kind not in HUGGING_FACE_MODELS and not exported:
             raise UserError(
                 f"weights: {path / 'config.json'} is of a model of type {kind!r}\n"
                 f"  expected {' or '.join(HUGGING_FACE_MODELS)}"
@@ -82,8 +81,11 @@ def load_public(source: str) -> Public:
             f"weights: no file {path}\n  expected a .pth or .safetensors file, a folder with config.json and "
             f"model.safetensors, an export folder, or timm:NAME"
         )
+    origin: dict[str, Any] = {"sha256": sha256(path)}
+    if exported:
+        origin["license"] = exported["license"]
     return _understand(source, _read(path), num_heads=settings.get("num_attention_heads"),
-                       origin={"sha256": sha256(path)})  # fmt: skip
+                       shape=shape_of(exported) if exported else None, extra=extra, origin=origin)  # fmt: skip
 
 
 def import_public(source: str, out: Path, *, layout: str) -> Path:
@@ -106,12 +108,7 @@ def initial_weights(config: PretrainConfig) -> tuple[dict[str, Tensor], dict[str
     wanted = backbone_shape(config.model, config.crops.global_size)
     _check_agreement(config, wanted, shape)
     if "pos_embed" in weights and shape.image_size != wanted.image_size:
-        with torch.device("meta"):
-            model = VisionTransformer(shape)
-        model.pos_embed = nn.Parameter(weights["pos_embed"].float())
-        side = wanted.image_size // wanted.patch_size
-        with torch.no_grad():
-            weights["pos_embed"] = torch.cat(model.positions(side, side), dim=1)
+        weights["pos_embed"] = positions_at(wanted.image_size, weights["pos_embed"], shape)
         origin = origin | {"positions_resized_from": shape.image_size}
     return weights, origin
 
@@ -127,6 +124,16 @@ def start_from(learner: Learner, config: PretrainConfig, out: Path, *, write: bo
     set_model_state_dict(learner.backbone, {**weights}, options=options)
     if write:
         write_json(out / "origin.json", origin)
+
+
+def positions_at(image_size: int, table: Tensor, shape: Shape) -> Tensor:
+    """A position table [1, 1 + N, D] of a model of this shape, resized to square images of another size in pixels."""
+    with torch.device("meta"):
+        model = VisionTransformer(shape)
+    model.pos_embed = nn.Parameter(table.float())
+    side = image_size // shape.patch_size
+    with torch.no_grad():
+        return torch.cat(model.positions(side, side), dim=1)
 
 
 def _check_agreement(config: PretrainConfig, wanted: Shape, found: Shape) -> None:
@@ -149,18 +156,30 @@ def _check_agreement(config: PretrainConfig, wanted: Shape, found: Shape) -> Non
 
 
 def _understand(
-    source: str, tensors: dict[str, Tensor], *, num_heads: int | None = None, origin: dict[str, Any]
+    source: str,
+    tensors: dict[str, Tensor],
+    *,
+    num_heads: int | None = None,
+    shape: Shape | None = None,
+    extra: Mapping[str, Tensor] | None = None,
+    origin: dict[str, Any],
 ) -> Public:
-    """Tensors of any layout by our names, with the shape that they imply; each must be there and fit."""
-    layout, weights = _our_names(tensors)
+    """Tensors of any layout by our names, with their shape or the one they imply; each must be there and fit.
+
+    extra: tensors by our names, which go before those of the layout.
+    """
+    layout, weights = our_names(tensors)
+    weights |= extra or {}
     needed = ("cls_token", "pos_embed", "patch_embed.proj.weight", "blocks.0.attn.qkv.weight", "blocks.0.ls1.gamma")
     for name in needed:
-        if name not in weights:
+        if shape is None and name not in weights:
             raise UserError(
                 f"weights: {source} is no DINOv2 backbone: it has {', '.join(list(tensors)[:3])}, ... and no {name}\n"
                 f"  expected the names of facebookresearch/dinov2, timm or Hugging Face"
             )
-    shape = _shape(weights, num_heads, antialias=layout == "timm" or "register_tokens" in weights)
+    shape = shape or _shape(weights, num_heads, antialias=layout == "timm" or "register_tokens" in weights)
+    if not shape.num_registers and "register_tokens" in weights:
+        assert weights.pop("register_tokens").numel() == 0  # as Hugging Face's model with registers is written
     with torch.device("meta"):
         expected = {name: value.shape for name, value in VisionTransformer(shape).state_dict().items()}
     for name in sorted(expected.keys() | weights.keys()):
@@ -176,52 +195,6 @@ def _understand(
         {name: value.float().contiguous() for name, value in weights.items()},
         {"source": source, "layout": layout, "license": ""} | origin,
     )
-
-
-def _our_names(tensors: dict[str, Tensor]) -> tuple[str, dict[str, Tensor]]:
-    """The layout of a state dict, and its tensors by our names; what is missing stays missing."""
-    if "embeddings.cls_token" in tensors:
-        layout, weights = "huggingface", _from_hugging_face(tensors)
-    else:
-        # Blocks in chunks (blocks.CHUNK.INDEX) are how facebookresearch trains under FSDP.
-        weights = {re.sub(r"^blocks\.\d+\.(\d+)\.", r"blocks.\1.", name): value for name, value in tensors.items()}
-        layout = "facebookresearch" if "mask_token" in weights else "timm"
-        if layout == "timm":
-            weights = _from_timm(weights)
-    weights = {name: value for name, value in weights.items() if not name.startswith(("head.", "classifier."))}
-    if "cls_token" in weights:  # what timm leaves out, and facebookresearch starts from
-        weights.setdefault("mask_token", torch.zeros(1, weights["cls_token"].shape[-1]))
-    return layout, weights
-
-
-def _from_timm(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """timm calls registers reg_token and both feed-forward parts fc1, fc2; with registers it adds the class token's
-    position to the token itself."""
-    weights = {name.replace("reg_token", "register_tokens"): value for name, value in tensors.items()}
-    for name in [name for name in weights if name.endswith("mlp.fc1.weight")]:
-        mlp = name.removesuffix("fc1.weight")
-        if weights[name].shape[0] == 2 * weights.get(f"{mlp}fc2.weight", weights[name]).shape[-1]:
-            for old, new in (("fc1", "w12"), ("fc2", "w3")):
-                for part in ("weight", "bias"):
-                    weights[f"{mlp}{new}.{part}"] = weights.pop(f"{mlp}{old}.{part}")
-    if "register_tokens" in weights and "pos_embed" in weights:
-        table = weights["pos_embed"]
-        weights["pos_embed"] = torch.cat([torch.zeros_like(table[:, :1]), table], dim=1)
-    return weights
-
-
-def _from_hugging_face(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Renamed, with query, key and value joined."""
-    weights: dict[str, Tensor] = {}
-    for name, value in tensors.items():
-        for piece, ours in HUGGING_FACE_NAMES.items():
-            name = name.replace(piece, ours)
-        weights[name] = value
-    for name in [name for name in weights if ".attention.attention.query." in name]:
-        parts = [weights.pop(name.replace("query", part), None) for part in ("query", "key", "value")]
-        present = [part for part in parts if part is not None]
-        weights[name.replace("attention.attention.query", "attn.qkv")] = torch.cat(present)
-    return weights
 
 
 def _shape(weights: dict[str, Tensor], num_heads: int | None, *, antialias: bool) -> Shape:

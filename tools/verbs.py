@@ -92,21 +92,26 @@ def add_verbs(verbs: Any) -> None:
         verbs,
         "export",
         export,
-        "write a model folder (model.safetensors, card.json) from a run, a checkpoint or another export",
-        "troodon export runs/mine/pretrain --format backbone models/mine",
+        "write a model folder from a run, a checkpoint or another export, for Troodon or for others to load without it",
+        "troodon export runs/mine/pretrain --format backbone models/mine\n"
+        "troodon export runs/mine/pretrain --format hf models/mine-hf",
         needs_torch=True,
     )
     verb.add_argument("checkpoint", metavar="CHECKPOINT", help="run folder, checkpoint folder or export folder")
     verb.add_argument("out", metavar="OUT", help="folder to write")
     verb.add_argument(
-        "--format", required=True, choices=("backbone", "teacher"), help="backbone alone, or teacher with its heads"
+        "--format",
+        required=True,
+        choices=("backbone", "teacher", "hf", "timm", "torchhub", "onnx"),
+        help="ours: backbone alone, or teacher with its heads; others': transformers, timm, torch.hub, ONNX",
     )
 
     verb = add(
         verbs,
         "import",
         import_weights,
-        "write an export from public DINOv2 weights: a .pth, a Hugging Face or timm folder, or timm:NAME (downloads)",
+        "write an export from public DINOv2 weights: a .pth, a Hugging Face or timm folder, or timm:NAME (downloads);\n"
+        "or from a folder that `troodon export` wrote for timm, transformers or torch.hub (dinov2)",
         "troodon import --from dinov2 dinov2_vits14_reg4_pretrain.pth models/vits14\n"
         "troodon import --from timm timm:vit_small_patch14_reg4_dinov2.lvd142m models/vits14",
         needs_torch=True,
@@ -340,9 +345,9 @@ def show_plan(config: Any, plan: list[str]) -> int:
 
 
 def export(args: argparse.Namespace, _: StopRequest) -> int:
-    from pretrain.export import convert
+    from pretrain.formats import export_as
 
-    print(convert(Path(args.checkpoint), Path(args.out), args.format))
+    print(export_as(Path(args.checkpoint), Path(args.out), args.format))
     return EXIT_DONE
 
 
