@@ -97,9 +97,11 @@ def _from_hugging_face_dinov3(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     for ours, parts in (("attn.qkv", ["attention.q_proj", "attention.k_proj", "attention.v_proj"]),
                         ("mlp.w12", ["mlp.gate_proj", "mlp.up_proj"])):  # fmt: skip
         for name in [name for name in weights if f".{parts[0]}." in name]:
-            values = [weights.pop(name.replace(parts[0], part)) for part in parts]
-            weights[name.replace(parts[0], ours)] = torch.cat(values)
-    weights["mask_token"] = weights["mask_token"][0]  # [1, D] of [1, 1, D]
+            values = [weights.pop(name.replace(parts[0], part), None) for part in parts]
+            present = [value for value in values if value is not None]  # Meta's keys have no bias
+            weights[name.replace(parts[0], ours)] = torch.cat(present)
+    if "mask_token" in weights:
+        weights["mask_token"] = weights["mask_token"][0]  # [1, D] of [1, 1, D]
     return weights
 
 

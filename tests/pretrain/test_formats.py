@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import onnxruntime
 import pytest
+import safetensors.torch
 import timm
 import torch
 import yaml
@@ -266,6 +267,19 @@ def test_a_cut_off_extra_file(tmp_path):
     path = folder / "extra.safetensors"
     path.write_bytes(path.read_bytes()[:20])
     with pytest.raises(UserError, match=r"extra.safetensors cannot be read as weights"):
+        load_public(str(folder))
+
+
+def test_another_dinov3_is_refused(tmp_path):
+    """Not ours: keys without a bias, no mask token, no card beside it."""
+    folder = export_as(write(tmp_path / "export", **SHAPES["v3"]), tmp_path / "hf", "hf")
+    weights = safetensors.torch.load_file(folder / "model.safetensors")
+    less = {name: w for name, w in weights.items() if not name.endswith("k_proj.bias") and "mask_token" not in name}
+    safetensors.torch.save_file(less, tmp_path / "meta.safetensors")
+    with pytest.raises(UserError, match="is no DINOv2 backbone"):
+        load_public(str(tmp_path / "meta.safetensors"))
+    (folder / "troodon.json").unlink()
+    with pytest.raises(UserError, match="of a model of type 'dinov3_vit'"):
         load_public(str(folder))
 
 
