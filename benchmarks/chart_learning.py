@@ -1,6 +1,6 @@
 """The curves of results/learning.json as one picture.
 
-python benchmarks/chart_learning.py          writes docs/learning.svg
+python benchmarks/chart_learning.py      writes docs/learning.svg
 """
 
 from html import escape
