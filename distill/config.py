@@ -4,6 +4,7 @@ Defaults follow DINOv2 table 16/17 for distilled models (app. B): rate 1e-3, bat
 """
 
 from dataclasses import dataclass, field
+from typing import Literal
 
 from pretrain.config import (
     Arch,
@@ -23,6 +24,7 @@ from pretrain.model.init import Init
 class StudentConfig:
     name: str  # folder of this student below `out`
     arch: Arch  # as `model.arch` in pretraining; patch size and registers are the teacher's
+    position: Literal["learned", "rope"] = "learned"  # as `model.position` in pretraining
     init: Init = "reference"  # start values of linear layers
     layerscale: float = 1e-5  # start value of LayerScale
 

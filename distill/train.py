@@ -53,6 +53,7 @@ def student_run(config: DistillConfig, student: StudentConfig, card: dict) -> Pr
             arch=student.arch,
             patch_size=card["model"]["patch_size"],
             num_registers=card["model"]["num_registers"],
+            position=student.position,
             init=student.init,
             layerscale=student.layerscale,
         ),
