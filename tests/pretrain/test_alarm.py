@@ -124,7 +124,7 @@ def shard_of(path: Path, image: bytes, extension: str) -> str:
         ("pool", 3e-3, set()),
         ("one image", 3e-3, {"uniform cls"}),
         ("blank", 3e-3, {"uniform cls"}),
-        ("pool", 0.3, {"rank", "uniform cls", "uniform patches"}),
+        ("pool", 1.0, {"rank", "uniform cls", "uniform patches"}),
     ],
 )
 def test_a_real_run(images, lr, signs, tmp_path, capsys):

@@ -26,7 +26,7 @@ def test_the_plan_of_a_training(tmp_path, capsys):
     command = ["pretrain", "tiny", f"out={tmp_path / 'run'}", "device=cpu", "train.precision=float32", "--dry-run"]
     assert cli.main(command) == 0
     said = capsys.readouterr().out
-    assert "# model: vit_tiny/8, 5.39 M parameters" in said
+    assert "# model: vit_tiny/8, 5.38 M parameters" in said
     assert "each seen" not in said
     assert cli.main([*command, "data.shards=[embedded:pool]"]) == 0
     assert "images, each seen" in capsys.readouterr().out
