@@ -29,6 +29,9 @@ TORCHSCRIPT_SIZE = 288
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 HUB_WAIT = 3.0  # seconds to reach the weights' server, beyond that we count as offline
+LOCAL = (
+    "local-dir:"  # timm's prefix for a folder with config.json and weights, as `troodon export --format timm` writes
+)
 
 
 @dataclass(frozen=True)
@@ -75,6 +78,8 @@ def _weights_file(model: str, out: Path, key: str) -> Path | None:
     """Where a model's weights lie; None for those that timm downloads. Raises UserError where there is no such file."""
     kind, _, name = model.partition(":")
     if kind == "timm":
+        if name.startswith(LOCAL):
+            return _existing(Path(name.removeprefix(LOCAL)) / "model.safetensors", key)
         checkpoint = name.partition("@")[2]
         return _existing(Path(checkpoint), key) if checkpoint else None
     if kind == "torchscript":
@@ -124,6 +129,11 @@ def _load_export(folder: Path, size: int | None, key: str) -> Embedder:
             )
         return Embedder(network, tuple(card["mean"]), tuple(card["std"]), own)
     shape = card["model"]
+    if shape.get("position", "learned") != "learned":
+        raise UserError(
+            f"{key}: {folder} has rotary positions, which export: does not read\n"
+            f"  write it for timm (troodon export {folder} --format timm FOLDER) and give {key}=timm:local-dir:FOLDER"
+        )
     size = size or int(shape["image_size"])
     if size % shape["patch_size"]:
         raise UserError(
@@ -238,6 +248,9 @@ def _load_timm(name: str, size: int | None, key: str) -> Embedder:
 def _check_timm_name(name: str, key: str) -> None:
     import timm
 
+    if name.startswith(LOCAL):
+        _existing(Path(name.removeprefix(LOCAL)) / "config.json", key)
+        return
     if not timm.is_model(name.split(".")[0]):
         near = difflib.get_close_matches(name, timm.list_models(), n=3, cutoff=0.4)
         hint = f"; did you mean {' or '.join(near)}?" if near else ""

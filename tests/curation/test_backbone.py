@@ -13,8 +13,11 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from curation.backbone import BUILTIN, load_embedder, model_identity
-from pretrain.export import load_backbone
+from curation.backbone import BUILTIN, check_model, load_embedder, model_identity
+from pretrain.build import build_learner
+from pretrain.config import HeadsConfig, ModelConfig
+from pretrain.export import export_backbone, load_backbone
+from pretrain.formats import export_as
 from pretrain.model.vit import Shape, VisionTransformer
 from runtime.errors import UserError
 from runtime.files import sha256
@@ -205,3 +208,24 @@ def test_damaged_exports_and_sizes_that_do_not_fit_are_named(export, tmp_path):
     (tmp_path / "other" / "card.json").write_text(json.dumps(card))
     with pytest.raises(UserError, match=r"do not fit its card\.json"):
         load_embedder(f"export:{tmp_path / 'other'}", 64, tmp_path, CPU, key=KEY)
+
+
+def test_an_export_with_rotary_positions_goes_through_timm(tmp_path):
+    """`export:` says so in one line; the folder that is written for timm gives the model's own class tokens."""
+    model = ModelConfig(arch="vit_pico", patch_size=8, position="rope", num_registers=1)
+    heads = HeadsConfig(num_prototypes=8, hidden=8, bottleneck=8)
+    backbone = build_learner(model, heads, image_size=32, seed=0).backbone
+    folder = export_backbone(tmp_path / "export", backbone.shape, backbone.state_dict(), origin={})
+    key = "embed.retrieval.model"
+    with pytest.raises(UserError, match="has rotary positions, which export: does not read"):
+        load_embedder(f"export:{folder}", None, tmp_path, torch.device("cpu"), key=key)
+    local = f"timm:local-dir:{export_as(folder, tmp_path / 'timm', 'timm')}"
+    check_model(local, tmp_path, key=key)
+    embedder = load_embedder(local, None, tmp_path, torch.device("cpu"), key=key)
+    images = torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        assert torch.allclose(embedder.model(images), backbone.eval().forward_features(images).cls, atol=1e-5)
+    identity = model_identity(local, tmp_path, key=key)
+    assert len(identity.split()[-1]) == 64
+    with pytest.raises(UserError, match=r"model\.safetensors"):
+        check_model("timm:local-dir:nowhere", tmp_path, key=key)
